@@ -53,6 +53,8 @@ class Result:
         if name == OURS:
             given = {setting.partition("=")[0] for setting in settings}
             settings += [f"{key}={used[key]}" for key in _ALWAYS_SHOWN if key in used and key not in given]
+            if used.get("long_top_k") != used.get("top_k") and "long_top_k" in used.keys() - given:
+                settings.append(f"long_top_k={used['long_top_k']}")
         return " ".join([f"`{name}`", *settings])
 
     def rows(self, kind: str, group: str | None = None) -> list[Row]:

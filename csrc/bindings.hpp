@@ -3,7 +3,9 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
@@ -19,6 +21,9 @@ namespace specache {
 using Addresses = nanobind::ndarray<const int64_t, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>;
 
 Engine engine_of(const std::string& isa, int threads);
+
+using TopKNumbers = std::array<int64_t, 3>;  // `TopK`, as Python passes it
+inline TopK top_k_of(const TopKNumbers& numbers) { return {numbers[0], numbers[1], numbers[2]}; }
 
 template <class T>
 T* at(uintptr_t address) {

@@ -2,6 +2,7 @@
 // over threads.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <functional>
 #include <memory>
@@ -45,6 +46,14 @@ struct Step {
     Byte* place(const PerQuery<Byte>& numbers, int64_t head, int j) const {
         return numbers.at(head / layout->heads, int64_t(head_of(head)) * groups + j / rows, j % rows);
     }
+};
+
+// How many pairs a query selects per KV head: `k` of fewer than `long_from` low-bit tokens, `long_k`,
+// not fewer, of more.
+struct TopK {
+    int64_t k = 0, long_k = 0, long_from = 0;
+
+    int64_t of(int64_t candidates) const { return std::min(candidates < long_from ? k : long_k, candidates); }
 };
 
 // Exact rows of every (sequence, KV head, row, slot).
@@ -93,7 +102,7 @@ struct Recent {
 class LayerStep {
 public:
     class State;
-    LayerStep(const Engine&, Step, const std::vector<Recent>&, int64_t k, const float* sinks, bool at_once);
+    LayerStep(const Engine&, Step, const std::vector<Recent>&, const TopK& top_k, const float* sinks, bool at_once);
     ~LayerStep();
     // If `at_once`. stored: per (sequence, KV head); out [B, Hkv, G, n, D], unless the step has an
     // `output`.

@@ -86,7 +86,7 @@ int64_t decode_from_disk(LayerStep& layer, const Step& step, const std::vector<S
 }  // namespace
 
 int64_t decode_fetched(const Engine& engine, Step step, const std::vector<StoredSequence>& sequences, const StepTokens& tokens, bool commits,
-                       int64_t k, const float* sinks, int real, int64_t* next, std::vector<FetchCounts>& counts) {
+                       const TopK& top_k, const float* sinks, int real, int64_t* next, std::vector<FetchCounts>& counts) {
     const bool on_disk = sequences.at(0).on_disk;
     for (const StoredSequence& sequence : sequences) {
         const HotSet* hot = sequence.hot;
@@ -100,9 +100,9 @@ int64_t decode_fetched(const Engine& engine, Step step, const std::vector<Stored
     if (bad != kAllFinite) return bad;
     int64_t longest = 0;
     for (const StoredSequence& sequence : sequences) longest = std::max(longest, sequence.low_bit);
-    LayerStep layer(engine, step, recents, k, sinks, !on_disk);
+    LayerStep layer(engine, step, recents, top_k, sinks, !on_disk);
     if (!on_disk) return decode_copied(layer, *step.layout, sequences, tokens.dtype, real, next, counts);
-    return decode_from_disk(layer, step, sequences, tokens.dtype, std::min(k, longest), real, next, counts);
+    return decode_from_disk(layer, step, sequences, tokens.dtype, top_k.of(longest), real, next, counts);
 }
 
 }  // namespace specache

@@ -19,7 +19,7 @@ struct FetchCounts {
 // are there by then. `next`: what the last one selects for the next step [B, Hkv, k], fetched ahead,
 // or null. Return `kReadsFailed` where rows cannot be read from a disk: the committed tokens are
 // stored then, and there is no output.
-int64_t decode_fetched(const Engine&, Step, const std::vector<StoredSequence>&, const StepTokens&, bool commits, int64_t k, const float* sinks,
+int64_t decode_fetched(const Engine&, Step, const std::vector<StoredSequence>&, const StepTokens&, bool commits, const TopK& top_k, const float* sinks,
                        int real, int64_t* next, std::vector<FetchCounts>& counts);
 
 }  // namespace specache

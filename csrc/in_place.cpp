@@ -81,7 +81,7 @@ int64_t begin_step(Step& step, const std::vector<StoredSequence>& sequences, con
 }
 
 int64_t decode_in_place(const Engine& engine, Step step, const std::vector<StoredSequence>& sequences, const StepTokens& tokens,
-                        bool commits, int64_t k, const float* sinks) {
+                        bool commits, const TopK& top_k, const float* sinks) {
     const int heads = step.layout->heads;
     std::vector<Recent> recents;
     const int64_t bad = begin_step(step, sequences, tokens, commits, recents);
@@ -90,7 +90,7 @@ int64_t decode_in_place(const Engine& engine, Step step, const std::vector<Store
     for (const StoredSequence& sequence : sequences)
         for (int head = 0; head < heads; head++)
             rows.push_back({nullptr, tokens.dtype, 0, 0, sequence.layer->rows, head});
-    LayerStep(engine, std::move(step), recents, k, sinks, true).run(rows, nullptr);
+    LayerStep(engine, std::move(step), recents, top_k, sinks, true).run(rows, nullptr);
     return kAllFinite;
 }
 

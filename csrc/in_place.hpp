@@ -49,6 +49,6 @@ int64_t begin_step(Step& step, const std::vector<StoredSequence>&, const StepTok
 // Compute a step into its `output`. With `commits` the first of a sequence's n tokens is appended to
 // residual and rows first. Return `kAllFinite`, or, where the committed keys of sequence b are not
 // finite, 2 b, and 2 b + 1 where its values are not: then nothing was written.
-int64_t decode_in_place(const Engine&, Step, const std::vector<StoredSequence>&, const StepTokens&, bool commits, int64_t k, const float* sinks);
+int64_t decode_in_place(const Engine&, Step, const std::vector<StoredSequence>&, const StepTokens&, bool commits, const TopK& top_k, const float* sinks);
 
 }  // namespace specache

@@ -15,10 +15,10 @@ namespace specache {
 namespace {
 
 StepArguments arguments_of(const std::string& isa, int threads, uintptr_t query, int query_dtype, int groups, int n, const std::vector<int64_t>& strides,
-                           uintptr_t keys, uintptr_t values, int dtype, bool commits, int64_t k, float scaling, float softcap, uintptr_t sinks,
+                           uintptr_t keys, uintptr_t values, int dtype, bool commits, const TopKNumbers& top_k, float scaling, float softcap, uintptr_t sinks,
                            int sink_dtype, uintptr_t out) {
     if (strides.size() != 12) throw std::invalid_argument("strides");
-    return {isa, threads, query, query_dtype, groups, n, strides, keys, values, dtype, commits, k, scaling, softcap, sinks, sink_dtype, out};
+    return {isa, threads, query, query_dtype, groups, n, strides, keys, values, dtype, commits, top_k_of(top_k), scaling, softcap, sinks, sink_dtype, out};
 }
 
 // counts: low-bit tokens and residual tokens per sequence. Return `decode_in_place`'s result.
@@ -30,7 +30,7 @@ int64_t py_decode_in_place(const StepArguments& arguments, const std::vector<con
     const std::vector<float> sinks = arguments.sink_logits(layout);
     const Engine engine = engine_of(arguments.isa, arguments.threads);
     nb::gil_scoped_release released;
-    return decode_in_place(engine, arguments.step(layout), sequences, arguments.tokens(), arguments.commits, arguments.k, sinks.empty() ? nullptr : sinks.data());
+    return decode_in_place(engine, arguments.step(layout), sequences, arguments.tokens(), arguments.commits, arguments.top_k, sinks.empty() ? nullptr : sinks.data());
 }
 
 // counts: low-bit, residual and pending tokens, and whether the committed token is stored already, per
@@ -50,7 +50,7 @@ std::tuple<int64_t, FetchedCounts> py_decode_fetched(const StepArguments& argume
     int64_t result;
     {
         nb::gil_scoped_release released;
-        result = decode_fetched(engine, arguments.step(layout), sequences, arguments.tokens(), arguments.commits, arguments.k,
+        result = decode_fetched(engine, arguments.step(layout), sequences, arguments.tokens(), arguments.commits, arguments.top_k,
                                 sinks.empty() ? nullptr : sinks.data(), real, at<int64_t>(next), fetched);
     }
     FetchedCounts sums;
@@ -67,9 +67,9 @@ void bind_in_place(nb::module_& m) {
         .def("set_residual", &OwnedStoredLayer::set_residual)
         .def("set_rows", &OwnedStoredLayer::set_rows);
     nb::class_<StepArguments>(m, "StepArguments").def("__init__", [](StepArguments* made, const std::string& isa, int threads, uintptr_t query,
-        int query_dtype, int groups, int n, const std::vector<int64_t>& strides, uintptr_t keys, uintptr_t values, int dtype, bool commits, int64_t k,
+        int query_dtype, int groups, int n, const std::vector<int64_t>& strides, uintptr_t keys, uintptr_t values, int dtype, bool commits, const TopKNumbers& top_k,
         float scaling, float softcap, uintptr_t sinks, int sink_dtype, uintptr_t out) {
-        new (made) StepArguments(arguments_of(isa, threads, query, query_dtype, groups, n, strides, keys, values, dtype, commits, k, scaling, softcap,
+        new (made) StepArguments(arguments_of(isa, threads, query, query_dtype, groups, n, strides, keys, values, dtype, commits, top_k, scaling, softcap,
                                               sinks, sink_dtype, out));
     });
     m.def("decode_in_place", &py_decode_in_place);

@@ -48,9 +48,9 @@ int64_t attend(const Engine& engine, const ChainLayer& layer, const ChainStep& s
     std::vector<FetchCounts> fetched(batch);
     int64_t code = kReadsFailed;
     if (step.hot.empty())
-        code = decode_in_place(engine, of.step(layout), sequences, of.tokens(), step.commits, step.k, logits);
+        code = decode_in_place(engine, of.step(layout), sequences, of.tokens(), step.commits, step.top_k, logits);
     else if (begin_rows(sequences))
-        code = decode_fetched(engine, of.step(layout), sequences, of.tokens(), step.commits, step.k, logits, step.real,
+        code = decode_fetched(engine, of.step(layout), sequences, of.tokens(), step.commits, step.top_k, logits, step.real,
                               step.next.empty() ? nullptr : at<int64_t>(step.next[i]), fetched);
     if (code == kAllFinite) counts.insert(counts.end(), fetched.begin(), fetched.end());
     return code;

@@ -27,7 +27,7 @@ struct ChainLayer {
     MadeView query, keys, values;
     int64_t attended_bytes = 0;
     std::vector<uintptr_t> weights;
-    StepArguments attention;  // without addresses, threads, commits and k
+    StepArguments attention;  // without addresses, threads, commits and top_k
 };
 
 // What one step's attention needs, of every layer and sequence, layer by layer. Without layers there is
@@ -39,7 +39,7 @@ struct ChainStep {
     std::vector<DiskRows*> on_disk;   // none: rows are in memory
     std::vector<uintptr_t> next;      // one per layer [B, Hkv, k], or none
     bool commits = false;
-    int64_t k = 0;
+    TopK top_k;
     int real = 0;
 };
 

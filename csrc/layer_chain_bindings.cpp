@@ -47,12 +47,12 @@ std::tuple<int64_t, int64_t, Counts, double> run(const LayerChain& chain, const 
                                                  const std::vector<uintptr_t>& inputs, uintptr_t results, int64_t result_bytes,
                                                  const std::vector<const OwnedStoredLayer*>& layers, const std::vector<int64_t>& counts,
                                                  const std::vector<HotSet*>& hot, const std::vector<DiskRows*>& on_disk,
-                                                 const std::vector<uintptr_t>& next, bool commits, int64_t k, int real) {
+                                                 const std::vector<uintptr_t>& next, bool commits, const TopKNumbers& top_k, int real) {
     const Engine engine = engine_of(isa, threads);
     ChainResult result;
     {
         nb::gil_scoped_release released;
-        result = chain.run(engine, hidden, inputs, results, result_bytes, {layers, counts, hot, on_disk, next, commits, k, real});
+        result = chain.run(engine, hidden, inputs, results, result_bytes, {layers, counts, hot, on_disk, next, commits, top_k_of(top_k), real});
     }
     Counts sums;
     for (const FetchCounts& one : result.counts) sums.emplace_back(one.selected, one.ready, one.fetched, one.seconds);

@@ -239,8 +239,8 @@ private:
 };
 
 
-LayerStep::LayerStep(const Engine& engine, Step step, const std::vector<Recent>& recents, int64_t k, const float* sinks, bool at_once)
-    : state_(new State(engine, std::move(step), recents, k, sinks, at_once)) {}
+LayerStep::LayerStep(const Engine& engine, Step step, const std::vector<Recent>& recents, const TopK& top_k, const float* sinks, bool at_once)
+    : state_(new State(engine, std::move(step), recents, top_k, sinks, at_once)) {}
 LayerStep::~LayerStep() = default;
 void LayerStep::run(const std::vector<Rows>& stored, float* out) { state_->run(stored, out); }
 std::vector<CopyCounts> LayerStep::run(const std::vector<CopiedRows>& copied, int real, int64_t* next, float* out) {

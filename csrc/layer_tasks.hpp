@@ -21,10 +21,10 @@ constexpr float kMostAbovePeak = 60.0f;
 // `slot`: a head's place in its wave, which begins with head `first`.
 class LayerTasks {
 public:
-    LayerTasks(const Engine& engine, Step step, const std::vector<Recent>& recents, int64_t k, const float* sinks, bool at_once)
+    LayerTasks(const Engine& engine, Step step, const std::vector<Recent>& recents, const TopK& top_k, const float* sinks, bool at_once)
         : engine_(engine), kernels_(*engine.kernels), step_(std::move(step)), layout_(*step_.layout), recents_(recents), sinks_(sinks),
-          size_((longest(step_) + kPage - 1) / kPage * kPage), k_(std::min(k, longest(step_))),
-          next_k_(std::min(k, longest_next(step_, recents))), most_pending_(most_pending(recents)), count_(step_.queries()),
+          top_k_(top_k), size_((longest(step_) + kPage - 1) / kPage * kPage), k_(top_k.of(longest(step_))),
+          next_k_(top_k.of(longest_next(step_, recents))), most_pending_(most_pending(recents)), count_(step_.queries()),
           stretches_(chunks_of(size_, kStretch)), chunks_(chunks_of(size_, kAttendChunk)), wave_(at_once ? heads_per_wave() : step_.heads()),
           per_top_(kernels_.blocks_per_top(size_, k_)), tops_(chunks_ * (kAttendChunk / kStretch) * tops_of_stretch()), queries_(engine_, step_),
           row_batches_(step_.groups, kernels_.queries_per_pass), recent_parts_(step_, queries_.batches, step_.heads() * queries_.batches.count),
@@ -175,7 +175,7 @@ protected:
             const float factor = std::exp(peak - log_sum(first, slot, query)) / float(step_.groups);
             for (int64_t t = 0; t < pending; t++) mean_prob[length + t] += factor * this->pending(head, g)[t];
         }
-        kernels_.top_k(mean_prob, all, nullptr, 0, next_k_, positions, values, reinterpret_cast<int32_t*>(values + padded(all)));
+        largest(mean_prob, all, nullptr, next_k_, positions, values, reinterpret_cast<int32_t*>(values + padded(all)));
     }
 
     // Compute the factors that turn a stretch's weights into shares of the mean probability over
@@ -208,8 +208,16 @@ protected:
         const int64_t length = step_.low_bit_of(first + slot).length;
         int64_t* chosen = positions_.get() + (slot * step_.rows + row) * k_;
         auto* held = static_cast<float*>(scratch(size_t(padded(length)) * (sizeof(float) + sizeof(int32_t))));
-        kernels_.top_k(mean_prob_.get() + (slot * step_.rows + row) * size_, length, tops(slot, row), tops_, k_, chosen, held,
-                       reinterpret_cast<int32_t*>(held + padded(length)));
+        largest(mean_prob_.get() + (slot * step_.rows + row) * size_, length, tops(slot, row), k_, chosen, held,
+                reinterpret_cast<int32_t*>(held + padded(length)));
+    }
+
+    // The positions of the largest of `length` numbers, as many as a sequence of that length selects,
+    // then -1 up to `width`.
+    void largest(const float* mean_prob, int64_t length, const float* tops, int64_t width, int64_t* positions, float* values, int32_t* places) const {
+        const int64_t k = top_k_.of(length);
+        if (k) kernels_.top_k(mean_prob, length, tops, tops ? tops_ : 0, k, positions, values, places);
+        std::fill(positions + k, positions + width, -1);
     }
 
     // Set the weights of the fetched `positions` [k] (-1: none) to zero.
@@ -318,6 +326,7 @@ protected:
     const Layout& layout_;
     const std::vector<Recent> recents_;
     const float* sinks_;
+    const TopK top_k_;
     const int64_t size_, k_, next_k_, most_pending_, count_, stretches_, chunks_, wave_, per_top_, tops_;
     Queries queries_;
     const Batches row_batches_;

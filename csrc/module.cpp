@@ -79,9 +79,9 @@ struct OwnedStep {
     LayerStep layer;
 
     OwnedStep(const std::string& isa, int threads, const OwnedLayout& layout, const std::vector<const OwnedLowBitKV*>& low_bit_kvs, uintptr_t query,
-              int groups, int n, float scaling, float softcap, const std::vector<int64_t>& recent, int dtype, int64_t k, uintptr_t sinks)
+              int groups, int n, float scaling, float softcap, const std::vector<int64_t>& recent, int dtype, const TopKNumbers& top_k, uintptr_t sinks)
         : layout(layout), low_bit_kvs(owned(low_bit_kvs)), step(step_of(this->layout, pointers(this->low_bit_kvs), query, groups, n, scaling, softcap)),
-          layer(engine_of(isa, threads), step, recents_of(recent, dtype), k, at<const float>(sinks), false) {
+          layer(engine_of(isa, threads), step, recents_of(recent, dtype), top_k_of(top_k), at<const float>(sinks), false) {
         this->layout.layout.signs = this->layout.signs.data();
     }
 
@@ -235,7 +235,7 @@ NB_MODULE(_native, m) {
         .def_rw("length", &OwnedLowBitKV::length);
     nb::class_<OwnedStep>(m, "LayerStep")
         .def(nb::init<const std::string&, int, const OwnedLayout&, const std::vector<const OwnedLowBitKV*>&, uintptr_t, int, int, float, float,
-                      const std::vector<int64_t>&, int, int64_t, uintptr_t>())
+                      const std::vector<int64_t>&, int, const TopKNumbers&, uintptr_t>())
         .def("score", &OwnedStep::score)
         .def("rescore", &OwnedStep::rescore)
         .def("select", &OwnedStep::select)

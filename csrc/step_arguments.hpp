@@ -62,7 +62,7 @@ struct StepArguments {
     uintptr_t keys, values;
     int dtype;
     bool commits;
-    int64_t k;
+    TopK top_k;
     float scaling, softcap;
     uintptr_t sinks;
     int sink_dtype;

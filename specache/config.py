@@ -6,17 +6,18 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from specache.errors import ConfigError
 
 PAGE_TOKENS = 64  # tokens in one page of the low-bit copy; group sizes divide it
 SUPPORTED_BITS = (1, 2, 4)
 DEFAULTS_OF_BITS = {  # chosen by divergence per byte (docs/results.md)
-    1: {"residual": 256, "top_k": 256},
-    2: {"residual": 128, "top_k": 128},
-    4: {"residual": 64, "top_k": 64},
+    1: {"residual": 256, "top_k": 256, "long_top_k": 512},
+    2: {"residual": 128, "top_k": 128, "long_top_k": 256},
+    4: {"residual": 64, "top_k": 64, "long_top_k": 64},
 }
+LONG_FROM = 15_000  # low-bit tokens
 
 _Member = TypeVar("_Member", bound=StrEnum)
 
@@ -84,6 +85,34 @@ class ReadPath(StrEnum):
     COPY = "copy"  # by the copy queue, behind the prefetches of earlier layers; compute waits for the event
 
 
+class TopK(NamedTuple):
+    """How many 16-bit pairs a query selects per KV head (paper `k`), by the low-bit tokens that it
+    selects from.
+
+    Attributes:
+        short: `k` of fewer than `long_from` low-bit tokens.
+        long: `k` of more. Not smaller than `short`.
+        long_from: where `long` begins, in low-bit tokens.
+    """
+
+    short: int
+    long: int
+    long_from: int
+
+    @classmethod
+    def always(cls, k: int) -> TopK:
+        """Return one `k` for every length."""
+        return cls(k, k, 0)
+
+    def most(self, candidates: int) -> int:
+        """Return `k` of a query that selects from so many low-bit tokens."""
+        return self.short if candidates < self.long_from else self.long
+
+    def of(self, candidates: int) -> int:
+        """Return how many of so many low-bit tokens a query selects: `k`, or all of them."""
+        return min(self.most(candidates), candidates)
+
+
 @dataclass(frozen=True)
 class SpeCacheConfig:
     """Settings of one `SpeCache`. Frozen; invalid values raise `ConfigError` on construction.
@@ -96,6 +125,10 @@ class SpeCacheConfig:
             of the bits in `DEFAULTS_OF_BITS`, 128 at 2 bits; the attribute is always a number.
         top_k: 16-bit pairs swapped in per KV head and step (paper `k`), in pairs. None as for
             `residual`: 128 at 2 bits.
+        long_top_k: the same in sequences with `long_from` or more low-bit tokens, where more pairs
+            are needed for the same divergence. None: `top_k` if that was given, else that of the
+            bits, 256 at 2 bits.
+        long_from: low-bit tokens from which a sequence takes `long_top_k`.
         policy: see `Policy`.
         slow_tier: see `SlowTierKind`; `disk:FOLDER` also sets `slow_dir`.
         slow_dir: folder of tier `disk`, created if it does not exist. None for every other tier.
@@ -119,6 +152,8 @@ class SpeCacheConfig:
     group_size: int = 64
     residual: int = None  # type: ignore[assignment]  # a number after `__post_init__`
     top_k: int = None  # type: ignore[assignment]
+    long_top_k: int = None  # type: ignore[assignment]
+    long_from: int = LONG_FROM
     policy: Policy = Policy.AUTO
     slow_tier: SlowTierKind = SlowTierKind.AUTO
     slow_dir: str | None = None
@@ -134,7 +169,8 @@ class SpeCacheConfig:
             raise ConfigError(f"bits must be one of {_join(SUPPORTED_BITS)}, got {self.bits!r}.")
         left_open = [name for name in DEFAULTS_OF_BITS[self.bits] if getattr(self, name) is None]
         for name in left_open:
-            object.__setattr__(self, name, DEFAULTS_OF_BITS[self.bits][name])
+            follows = name == "long_top_k" and "top_k" not in left_open
+            object.__setattr__(self, name, self.top_k if follows else DEFAULTS_OF_BITS[self.bits][name])
         object.__setattr__(self, "_left_open", frozenset(left_open))
         if not _is_int(self.group_size) or self.group_size < 1 or PAGE_TOKENS % self.group_size:
             divisors = [d for d in range(1, PAGE_TOKENS + 1) if PAGE_TOKENS % d == 0]
@@ -147,6 +183,13 @@ class SpeCacheConfig:
             raise ConfigError(
                 f"top_k must be a positive number of pairs, got {self.top_k!r}. To run on the low-bit copy alone use policy='none'."
             )
+        if not _is_int(self.long_top_k) or self.long_top_k < self.top_k:
+            raise ConfigError(
+                f"long_top_k must be a number of pairs, top_k ({self.top_k}) or more, got {self.long_top_k!r}. Leave it out to "
+                "use top_k at every length."
+            )
+        if not _is_int(self.long_from) or self.long_from < 0:
+            raise ConfigError(f"long_from must be a number of low-bit tokens, 0 or more, got {self.long_from!r}.")
         if not _is_int(self.prefill_chunk) or self.prefill_chunk < 1:
             raise ConfigError(f"prefill_chunk must be a positive number of tokens, got {self.prefill_chunk!r}.")
         if isinstance(self.hot_set, bool) or not isinstance(self.hot_set, (int, float)) or not self.hot_set >= 0:
@@ -214,6 +257,19 @@ class SpeCacheConfig:
         """
         return max(0, (length - self.residual) // self.group_size) * self.group_size
 
+    def completed(self, stored: SpeCacheConfig) -> SpeCacheConfig:
+        """Return these settings with what was left open as in `stored`, settings of the same bits.
+
+        A `long_top_k` that follows a given `top_k` is not left open here.
+        """
+        names = self.left_open if "top_k" in self.left_open else self.left_open - {"long_top_k"}
+        return replace(self, **{name: getattr(stored, name) for name in names})
+
+    @property
+    def selection(self) -> TopK:
+        """Return how many pairs a query selects, by the low-bit tokens of its sequence."""
+        return TopK(self.top_k, self.long_top_k, self.long_from)
+
     @property
     def layout(self) -> tuple[object, ...]:
         """Return the settings that a low-bit copy depends on.
@@ -230,6 +286,8 @@ class SpeCacheConfig:
             "group_size": self.group_size,
             "residual": self.residual,
             "top_k": self.top_k,
+            "long_top_k": self.long_top_k,
+            "long_from": self.long_from,
             "policy": str(self.policy),
             "slow_tier": str(self.slow_tier),
             "slow_dir": self.slow_dir,

@@ -258,7 +258,7 @@ class Layer:
         if self.config.policy.selects_in_prefill:  # no pre-decoding: the last prompt token selects
             low_bit = torch.cat([self.low_bit_keys, keys[:, self.low_bit_length :].float()], dim=1)  # [Hkv, S, D]
             probabilities = softmax.probabilities(queries[:, :, -1:], low_bit, positions[-1:])  # [Hkv, G, 1, S]
-            self.fetched_positions = select(probabilities, self.low_bit_length, self.config.top_k)
+            self.fetched_positions = select(probabilities, self.low_bit_length, self.config.selection.most(self.low_bit_length))
         return out
 
     def decode(self, softmax: Softmax, queries: Tensor, keys: Tensor, values: Tensor, committed: int) -> Tensor:
@@ -277,14 +277,15 @@ class Layer:
             query = queries[:, :, row : row + 1]  # [Hkv, G, 1, D]
             position = torch.tensor([length + row], device=keys.device)  # [1]
             if config.policy.verifies:  # the token's own selection, from low-bit scores
-                fetched = select(softmax.probabilities(query, low_bit_keys, position), low_bit_length, config.top_k)
+                probabilities = softmax.probabilities(query, low_bit_keys, position)  # [Hkv, G, 1, n + q]
+                fetched = select(probabilities, low_bit_length, config.selection.most(low_bit_length))
             mixed_keys = swap_in(low_bit_keys, exact_keys, fetched)
             mixed_values = swap_in(low_bit_values, exact_values, fetched)
             probabilities = softmax.probabilities(query, mixed_keys, position)  # [Hkv, G, 1, n + q]
             outputs.append(attend(probabilities, mixed_values))
         self.append(queries[:, :, :committed], keys[:, :committed], values[:, :committed])
         if config.policy.prefetches and not config.policy.verifies:  # the last token selects for the next pass
-            self.fetched_positions = select(probabilities, self.low_bit_length, config.top_k)
+            self.fetched_positions = select(probabilities, self.low_bit_length, config.selection.most(self.low_bit_length))
         return torch.cat(outputs, dim=2)
 
 

@@ -9,20 +9,21 @@ import pickle
 import pytest
 
 from specache import SpeCacheConfig
-from specache.config import DEFAULTS_OF_BITS, SUPPORTED_BITS
+from specache.config import DEFAULTS_OF_BITS, LONG_FROM, SUPPORTED_BITS, TopK
+from specache.errors import ConfigError
 
 
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
 def test_fewer_bits_keep_and_fetch_more_pairs_at_16_bits(bits):
     config = SpeCacheConfig(bits=bits)
-    assert {"residual": config.residual, "top_k": config.top_k} == DEFAULTS_OF_BITS[bits]
+    assert {name: getattr(config, name) for name in ("residual", "top_k", "long_top_k")} == DEFAULTS_OF_BITS[bits]
     wider = {one: DEFAULTS_OF_BITS[one]["top_k"] for one in SUPPORTED_BITS}
     assert wider[1] > wider[2] > wider[4]
 
 
 def test_none_is_the_default_and_a_number_is_kept():
-    assert SpeCacheConfig(bits=1, top_k=None, residual=7) == SpeCacheConfig(bits=1, residual=7, top_k=256)  # type: ignore[arg-type]
-    assert SpeCacheConfig(top_k=5, residual=0).left_open == frozenset()
+    assert SpeCacheConfig(bits=1, top_k=None, residual=7) == SpeCacheConfig(bits=1, residual=7, top_k=256, long_top_k=512)  # type: ignore[arg-type]
+    assert SpeCacheConfig(top_k=5, residual=0).left_open == {"long_top_k"}
 
 
 def test_other_bits_bring_their_own_defaults_for_what_was_left_open():
@@ -32,9 +33,37 @@ def test_other_bits_bring_their_own_defaults_for_what_was_left_open():
 
 def test_changes_keep_open_what_they_do_not_name():
     config = SpeCacheConfig(top_k=10)
-    assert config.with_changes(policy="none").left_open == {"residual"}
+    assert config.with_changes(policy="none").left_open == {"residual", "long_top_k"}
     assert config.with_changes(bits=4, residual=5) == SpeCacheConfig(bits=4, residual=5, top_k=10)
     assert SpeCacheConfig().with_changes(bits=1, top_k=3) == SpeCacheConfig(bits=1, top_k=3)
+
+
+def test_a_given_number_of_pairs_holds_at_every_length():
+    assert SpeCacheConfig(top_k=10).selection == TopK(10, 10, LONG_FROM)
+    assert SpeCacheConfig().with_changes(top_k=10).long_top_k == 10
+    assert SpeCacheConfig(top_k=10).with_changes(top_k=20).long_top_k == 20
+    assert SpeCacheConfig(top_k=10).with_changes(bits=1).long_top_k == 10
+    assert SpeCacheConfig(top_k=10, long_top_k=30).with_changes(top_k=20).long_top_k == 30
+
+
+def test_a_long_sequence_selects_more_pairs_by_default():
+    selection = SpeCacheConfig().selection
+    assert [selection.of(tokens) for tokens in (0, 50, LONG_FROM - 1, LONG_FROM)] == [0, 50, 128, 256]
+    assert SpeCacheConfig(long_from=100).selection.of(100) == 100
+    assert SpeCacheConfig(long_from=100).selection.of(10**6) == 256
+
+
+@pytest.mark.parametrize("changes", [{"long_top_k": 127}, {"long_top_k": 2.5}, {"top_k": 9, "long_top_k": 8}, {"long_from": -1}])
+def test_a_long_sequence_cannot_select_fewer(changes):
+    with pytest.raises(ConfigError, match=r"long_(top_k|from) must be a number"):
+        SpeCacheConfig(**changes)
+
+
+def test_what_is_left_open_is_taken_from_stored_settings():
+    stored = SpeCacheConfig(residual=64, top_k=20, long_top_k=40)
+    assert SpeCacheConfig().completed(stored) == stored
+    assert SpeCacheConfig(top_k=100).completed(stored) == SpeCacheConfig(residual=64, top_k=100, long_top_k=100)
+    assert SpeCacheConfig(residual=0, long_top_k=300).completed(stored) == SpeCacheConfig(residual=0, top_k=20, long_top_k=300)
 
 
 def test_every_field_is_a_setting():
@@ -47,7 +76,7 @@ def test_every_field_is_a_setting():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
 def test_a_copy_leaves_the_same_settings_open(copied):
     config = SpeCacheConfig(top_k=10)
-    assert copied(config) == config and copied(config).left_open == {"residual"}
+    assert copied(config) == config and copied(config).left_open == {"residual", "long_top_k"}
 
 
 @pytest.mark.parametrize(

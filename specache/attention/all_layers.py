@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specache.attention.decode import CompressedLayer, StepKind, StepSpec
+from specache.config import TopK
 from specache.kernels import dispatch
 from specache.rows.fetch import HotSetRowFetcher
 
@@ -79,9 +80,9 @@ class StepOfLayers:
         return self.spec is not None and self.spec.commits
 
     @property
-    def top_k(self) -> int:
-        """Pairs that a query selects."""
-        return 0 if self.spec is None else self.spec.top_k
+    def top_k(self) -> TopK:
+        """How many pairs a query selects."""
+        return TopK.always(0) if self.spec is None else self.spec.top_k
 
     @property
     def real_queries(self) -> int:
@@ -101,7 +102,7 @@ class StepOfLayers:
                 counters.rows_ready += ready
                 self._fetchers[i].count_fetched(copied, seconds)
             elif spec.kind is not StepKind.DRAFT:
-                used = min(spec.top_k, layer.table.length) * self._kv_shape[0]
+                used = spec.top_k.of(layer.table.length) * self._kv_shape[0]
                 counters.rows_selected += used
                 counters.rows_ready += used
             if spec.commits:
@@ -120,9 +121,9 @@ class StepOfLayers:
 
     def _add_fetched(self, group: Sequence[CompressedLayer], dtype: torch.dtype, spec: StepSpec) -> bool:
         pending = [layer.pending_after(spec.commits) for layer in group]
-        pairs = self.real_queries * min(spec.top_k, max(layer.table.length for layer in group))
+        pairs = self.real_queries * spec.top_k.of(max(layer.table.length for layer in group))
         if spec.selects_next:
-            k = min(spec.top_k, max(layer.table.length + more for layer, more in zip(group, pending, strict=True)))
+            k = spec.top_k.of(max(layer.table.length + more for layer, more in zip(group, pending, strict=True)))
             pairs = max(pairs, k)
             self.next_positions.append(torch.empty(len(group), self._kv_shape[0], k, dtype=torch.int64, device="cpu"))
         for layer, more in zip(group, pending, strict=True):

@@ -59,7 +59,7 @@ def _in_place(
         return None
     used = 0
     for b, layer in enumerate(layers):
-        used += min(spec.top_k, layer.table.length)
+        used += spec.top_k.of(layer.table.length)
         if spec.commits:
             layer.count_appended(query, b)
     if spec.kind is not StepKind.DRAFT:
@@ -80,10 +80,10 @@ def _fetched(
     real_queries = query.shape[2] - (spec.kind.draft_row is not None)
     stored = _store_full_blocks(query, keys, values, layers, spec)
     pending = [layer.pending_after(spec.commits and not there) for layer, there in zip(layers, stored, strict=True)]
-    pairs = real_queries * min(spec.top_k, max(layer.table.length for layer in layers))
+    pairs = real_queries * spec.top_k.of(max(layer.table.length for layer in layers))
     if spec.selects_next:
         longest = max(layer.table.length + more for layer, more in zip(layers, pending, strict=True))
-        pairs = max(pairs, min(spec.top_k, longest))
+        pairs = max(pairs, spec.top_k.of(longest))
     fetched = [
         FetchedRows(*fetcher.begin_at_once(pairs), stored=there, pending=more)
         for fetcher, there, more in zip(fetchers, stored, pending, strict=True)

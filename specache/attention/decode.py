@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specache.config import Policy
+from specache.config import Policy, TopK
 from specache.kernels import dispatch
 from specache.kernels.cpu.native import NativeLayerStep
 from specache.kernels.types import AttentionParams, LayerStep, RecentTokens, StoredLayer
@@ -98,7 +98,7 @@ class StepSpec:
 
     kind: StepKind
     policy: Policy
-    top_k: int
+    top_k: TopK
     counters: Counters
 
     @cached_property
@@ -204,7 +204,7 @@ def mixed_attention(
     return attend(step, _BatchRows(layers, query.shape[2], spec), spec)
 
 
-def select_first(query: Tensor, layer: CompressedLayer, params: AttentionParams, top_k: int) -> None:
+def select_first(query: Tensor, layer: CompressedLayer, params: AttentionParams, top_k: TopK) -> None:
     """Prefetch the top-k of the prompt's last token for the first decode step (policy `previous`).
 
     Args:

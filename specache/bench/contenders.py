@@ -92,7 +92,8 @@ class SpeCacheContender(Contender):
         self.work = work
         self._shares_rows = shares_rows
         self.config = config.resolved(work.info.device.type)
-        self.cache = f"{config.bits}-bit {config.code}, k = {config.top_k}, {self.config.policy}"
+        pairs = config.selection.most(config.low_bit_length(work.context))
+        self.cache = f"{config.bits}-bit {config.code}, k = {pairs}, {self.config.policy}"
         self.needed_bytes = work.copy_bytes(config)
         if work.info.device.type == CUDA:
             self.host_bytes = work.exact_bytes

@@ -52,7 +52,7 @@ class LowBitLayer:
             shared = None if on_cpu or not number else self.layers[0]
             self.layers.append(self._layer(keys, values, copied, memory, shared))
         self.params = AttentionParams(scaling=dim**-0.5)
-        self._top_k = top_k
+        self._top_k = self.config.selection
         self.newest = tuple(x[:, -1:].expand(batch, *x[:, -1:].shape) for x in (keys, values))  # [B, Hkv, 1, D]
 
     @property

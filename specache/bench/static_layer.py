@@ -71,7 +71,7 @@ class StaticLayer:
         for state in self._batch.layers.values():
             assert state.row_fetcher is not None
             state.row_fetcher.drop()
-        step = StaticPass(self._batch, self._kind, self._config.policy, self._config.top_k, pending_groups=False)
+        step = StaticPass(self._batch, self._kind, self._config.policy, self._config.selection, pending_groups=False)
         out = step.attention(0, self._query, self._keys, self._values, self._params)
         self._batch.join()
         return out

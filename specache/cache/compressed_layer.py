@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specache.attention.dense import JOINED_ROWS, KEY_BLOCK, attend_part, merge, merge_each
 from specache.cache.base_layer import LayerState
-from specache.cache.sizes import ORDINARY_ITEMSIZE, FastBytes, compressed_bytes
+from specache.cache.sizes import ORDINARY_ITEMSIZE, FastBytes, compressed_bytes, pairs_in_flight
 from specache.config import Code, SpeCacheConfig
 from specache.kernels import dispatch
 from specache.kernels.finite import check_finite
@@ -38,7 +38,9 @@ class CompressedLayer(LayerState):
         self, index: int, config: SpeCacheConfig, table: PageTable, tier: SlowTier, row_fetcher: RowFetcher, keys: Tensor
     ) -> None:
         capacity = config.residual + config.group_size
-        empty = compressed_bytes(config, keys.shape[0], keys.shape[2], keys.itemsize, pages=0, observed=0, slots=0)
+        empty = compressed_bytes(
+            config, keys.shape[0], keys.shape[2], keys.itemsize, pages=0, observed=0, slots=0, pairs=pairs_in_flight(config, 0)
+        )
         claim = table.pool.budget.claim(empty.total, "residuals, key weights and read buffers")
         super().__init__(index, keys, capacity, claim)
         self.config = config
@@ -97,16 +99,17 @@ class CompressedLayer(LayerState):
             full=self.length * self._row_bytes(ORDINARY_ITEMSIZE),
         )
 
-    def claim_buffers(self, config: SpeCacheConfig) -> None:
+    def claim_buffers(self, config: SpeCacheConfig, growing: int = 0) -> None:
         """Claim bytes for residual, key scales (fixed or not), their queries, and read buffers.
 
         Args:
             config: the settings in use, or those of the tier that is used next.
+            growing: low-bit tokens that are stored next.
 
         Raises:
             FastMemoryError: the budget has no room; the claim is unchanged.
         """
-        held = self._bytes(config)
+        held = self._bytes(config, growing=growing)
         self._claim.resize(held.residual + held.key_weights + held.read_buffers)
 
     def prefill(self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
@@ -329,7 +332,7 @@ class CompressedLayer(LayerState):
         if self.key_scales.observed_tokens != before:
             self.claim_buffers(self.config)
 
-    def _bytes(self, config: SpeCacheConfig, itemsize: int | None = None, scales_fixed: bool = True) -> FastBytes:
+    def _bytes(self, config: SpeCacheConfig, itemsize: int | None = None, scales_fixed: bool = True, growing: int = 0) -> FastBytes:
         _, heads, _, dim = self._kv_rows.shape
         return compressed_bytes(
             config,
@@ -339,10 +342,13 @@ class CompressedLayer(LayerState):
             pages=len(self.table.pages),
             observed=self.key_scales.observed_tokens,
             slots=self.row_fetcher.slots,
+            pairs=pairs_in_flight(config, self.table.length + growing),
             scales_fixed=scales_fixed,
         )
 
     def _quantise(self, keys: Tensor, values: Tensor) -> None:
-        start = self.table.length
-        self.table.extend(keys.shape[1])
+        start, more = self.table.length, keys.shape[1]
+        if pairs_in_flight(self.config, start + more) > pairs_in_flight(self.config, start):
+            self.claim_buffers(self.config, more)
+        self.table.extend(more)
         dispatch.quantise(keys, values, self.low_bit_kv, start)

@@ -68,6 +68,7 @@ def compressed_bytes(
     pages: int,
     observed: int,
     slots: int,
+    pairs: int,
     scales_fixed: bool = True,
 ) -> FastBytes:
     """Return the fast memory of a full-attention layer of one sequence (`CompressedLayer`).
@@ -78,6 +79,7 @@ def compressed_bytes(
         pages: pages of its low-bit copy.
         observed: tokens whose queries are kept for the key scales.
         slots: hot-set slots per KV head.
+        pairs: pairs per KV head of a step (`pairs_in_flight`).
         scales_fixed: False before the key scales are computed. They are claimed from the start.
     """
     row = row_bytes(heads, dim, itemsize)
@@ -87,8 +89,15 @@ def compressed_bytes(
         key_weights=key_scale_bytes(heads, dim, observed, scales_fixed),
         hot_set=slots * slot_bytes(heads, dim, itemsize),
         # the pairs of one step in flight and, on disk, the block that is being filled
-        read_buffers=((config.top_k if fetches(config) else 0) + (BLOCK_TOKENS if on_disk(config) else 0)) * row,
+        read_buffers=((pairs if fetches(config) else 0) + (BLOCK_TOKENS if on_disk(config) else 0)) * row,
     )
+
+
+def pairs_in_flight(config: SpeCacheConfig, low_bit: int) -> int:
+    """Return the most pairs per KV head that a step of a sequence with so many low-bit tokens
+    selects: its next step may have a group more to select from.
+    """
+    return config.selection.most(low_bit + config.group_size)
 
 
 def low_bit_pages(config: SpeCacheConfig, tokens: int) -> int:
@@ -157,5 +166,6 @@ def hot_slots(model: ModelDimensions, config: SpeCacheConfig, heads: int, head_d
     else:
         itemsize = model.itemsize
         share = config.hot_set / (len(model.full_layers) * heads * max(sequences, 1))
-    slots = int((share - config.top_k * row_bytes(1, head_dim, itemsize)) / slot_bytes(1, head_dim, itemsize))
-    return slots if slots >= config.top_k else 0
+    pairs = pairs_in_flight(config, config.low_bit_length(tokens))
+    slots = int((share - pairs * row_bytes(1, head_dim, itemsize)) / slot_bytes(1, head_dim, itemsize))
+    return slots if slots >= pairs else 0

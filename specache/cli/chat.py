@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from specache.cli import options, session_option, template_option
+from specache.cli import cache_options, options, session_option, template_option
 from specache.cli.answering import Outcome
 from specache.cli.chat_input import LEAVING, ChatInput, Entry, file_and_message, read_file
 from specache.cli.console import err, print_error, print_note, reports_errors, write
@@ -72,7 +72,7 @@ def chat(
     system: options.System = None,
     chat_template_kwargs: template_option.TemplateVariables = None,
     generation: options.GenerationOptions,
-    cache: options.CacheOptions,
+    cache: cache_options.CacheOptions,
     session: session_option.SessionName = None,
     session_dir: session_option.SessionDir = None,
     loading: options.LoadOptions,

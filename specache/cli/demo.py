@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from specache.cli import options
+from specache.cli import cache_options, options
 from specache.cli.answering import Outcome, answer
 from specache.cli.console import (
     EXIT_INTERRUPTED,
@@ -65,10 +65,10 @@ def demo(
     depth: Annotated[float, typer.Option("--depth", min=0.0, max=1.0, help="Where the fact is planted: 0 is the beginning.")] = 0.9,
     seed: Annotated[int | None, typer.Option("--seed", help="Decides the number. Default: a new one.")] = None,
     as_json: options.Json = False,
-    bits: options.Bits = 2,
-    code: options.CodeOption = Code.ROTATED,
-    top_k: options.TopK = None,
-    policy: options.PolicyOption = Policy.AUTO,
+    bits: cache_options.Bits = 2,
+    code: cache_options.CodeOption = Code.ROTATED,
+    top_k: cache_options.TopK = None,
+    policy: cache_options.PolicyOption = Policy.AUTO,
     model: options.Model = DEMO_MODEL,
     dtype: options.DtypeOption = Dtype.AUTO,
     weights: options.WeightsOption = WeightFormat.AUTO,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specache.cli import options, session_option, template_option
+from specache.cli import cache_options, options, session_option, template_option
 from specache.cli.answering import Outcome, answer
 from specache.cli.console import EXIT_INTERRUPTED, err, print_note, print_warning, reports_errors, write
 from specache.cli.field_command import takes_options
@@ -68,7 +68,7 @@ def generate(
     chat_template_kwargs: template_option.TemplateVariables = None,
     as_json: options.Json = False,
     generation: options.GenerationOptions,
-    cache: options.CacheOptions,
+    cache: cache_options.CacheOptions,
     session: session_option.SessionName = None,
     session_dir: session_option.SessionDir = None,
     loading: options.LoadOptions,

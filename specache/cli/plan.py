@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specache.cli import options
+from specache.cli import cache_options, options
 from specache.cli.console import LOG_WIDTH, quiet_libraries, reports_errors
 from specache.cli.field_command import takes_options
 from specache.cli.json_file import STANDARD_OUTPUT, JsonFile, check_json, write_json
@@ -77,7 +77,7 @@ def plan(
     shape: PlannedShape = None,
     batch: Annotated[int, typer.Option("--batch", help="Sequences at once, all with different prompts.")] = 1,
     json: JsonFile = None,
-    cache: options.CacheOptions,
+    cache: cache_options.CacheOptions,
     dtype: options.DtypeOption = Dtype.AUTO,
     weights: options.WeightsOption = WeightFormat.AUTO,
     device: options.DeviceOption = Device.AUTO,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specache import __version__
-from specache.cli import options
+from specache.cli import cache_options, options
 from specache.cli.console import err, reports_errors
 from specache.cli.field_command import takes_options
 from specache.cli.models import LoadedModel
@@ -44,7 +44,7 @@ def serve(
     model: options.Model,
     *,
     server: ServerOptions,
-    cache: options.CacheOptions,
+    cache: cache_options.CacheOptions,
     loading: ServeLoadOptions,
 ) -> None:
     """Serve a model over HTTP, with the APIs of OpenAI and Anthropic.

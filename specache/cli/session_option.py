@@ -71,6 +71,8 @@ class Place:
         if stored is not None:
             names = [field.name for field in fields(SpeCacheConfig) if field.name not in ("slow_tier", "slow_dir")]
             typed = [name for name in names if _is_typed(context, name)]
+            if "top_k" in typed:  # it is meant at every length, unless long_top_k was typed too
+                typed.append("long_top_k")
             config = replace(stored, **{name: getattr(config, name) for name in typed})
         return config.with_changes(slow_tier=SlowTierKind.DISK, slow_dir=str(self.root))
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from specache.config import Code
+from specache.config import Code, TopK
 from specache.kernels import dispatch
 from specache.kernels import triton as triton_kernels
 from specache.kernels.blocks import blocks
@@ -54,8 +54,8 @@ class PageKernels(Protocol):
             Scores [B, Hkv, G, n, capacity].
         """
 
-    def select(self, scores: PageScores, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
-        """Select positions [B, Hkv, n, min(k, capacity)]."""
+    def select(self, scores: PageScores, rest_lse: Tensor, lengths: Tensor, top_k: TopK) -> Tensor:
+        """Select positions [B, Hkv, n, k of `capacity` tokens], ascending, then -1."""
 
     def rescore(
         self, query: Tensor, scores: PageScores, positions: Tensor, kv_rows: Tensor, scaling: float, softcap: float | None
@@ -115,8 +115,8 @@ class TritonPages:
     ) -> PageScores:
         return self._kernels.score_pages(query, tables, channel_scales, self._offsets, self._low_bit_kv, scaling, softcap)
 
-    def select(self, scores: PageScores, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
-        return self._kernels.select_pages(scores, rest_lse, lengths, k)
+    def select(self, scores: PageScores, rest_lse: Tensor, lengths: Tensor, top_k: TopK) -> Tensor:
+        return self._kernels.select_pages(scores, rest_lse, lengths, top_k)
 
     def rescore(
         self, query: Tensor, scores: PageScores, positions: Tensor, kv_rows: Tensor, scaling: float, softcap: float | None
@@ -149,12 +149,15 @@ class TorchPages:
         scores = torch_ops.score(query, low_bit_kvs, [tables.capacity] * len(low_bit_kvs), scaling, softcap)
         return PageScores(scores.masked_fill_(_behind(tables.lengths, tables.capacity), -torch.inf))
 
-    def select(self, scores: PageScores, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
+    def select(self, scores: PageScores, rest_lse: Tensor, lengths: Tensor, top_k: TopK) -> Tensor:
         size = scores.values.shape[-1]
-        k = min(k, size)
         mean_prob = torch_ops.mean_probabilities(scores.values, rest_lse)  # [B, Hkv, n, S]
         mean_prob.masked_fill_(_behind(lengths, size).squeeze(2), -1.0)
+        k, few = top_k.of(size), min(top_k.short, size)
         wanted = torch_ops.largest(mean_prob, k)
+        if few < k:
+            short = (lengths < top_k.long_from).view(-1, 1, 1, 1)
+            wanted = torch.where(short, torch_ops.largest(mean_prob, few), wanted)
         slots = torch.arange(size, device=lengths.device).expand_as(wanted).masked_fill(~wanted, size)
         positions = slots.sort(dim=-1).values[..., :k]
         return positions.where(positions < lengths.view(-1, 1, 1, 1), -1)

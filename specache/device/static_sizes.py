@@ -40,7 +40,7 @@ def unsupported_reason(config: SpeCacheConfig, dynamic_rope: bool) -> str | None
 
 def step_pairs(config: SpeCacheConfig, capacity: int) -> int:
     """Return the pairs per KV head that a step fetches, with room for `capacity` low-bit tokens."""
-    return min(config.top_k, capacity) if config.policy.fetches else 0
+    return config.selection.of(capacity) if config.policy.fetches else 0
 
 
 def low_bit_room(config: SpeCacheConfig, tokens: int, step: int = CAPACITY_STEP) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specache.attention.decode import StepKind, StepSpec, attend, find_hits
-from specache.config import Policy
+from specache.config import Policy, TopK
 from specache.device.batch import DeviceBatch, LayerState
 from specache.device.device_rows import DeviceRowFetcher
 from specache.device.page_kernels import RecentPart
@@ -51,7 +51,7 @@ class StaticPass:
             candidate for the next one.
     """
 
-    def __init__(self, batch: DeviceBatch, kind: StepKind, policy: Policy, top_k: int, pending_groups: bool) -> None:
+    def __init__(self, batch: DeviceBatch, kind: StepKind, policy: Policy, top_k: TopK, pending_groups: bool) -> None:
         self._batch = batch
         self._spec = StepSpec(kind, policy, top_k, Counters())  # the batch counts on the device
         self._seen = self._visibility(pending_groups)
@@ -109,7 +109,7 @@ class _StaticLayerStep:
         query: Tensor,
         keys: Tensor,
         values: Tensor,
-        top_k: int,
+        top_k: TopK,
         params: AttentionParams,
     ) -> None:
         self._layer, self._kernels, self._seen = layer, layer.kernels, seen

@@ -149,7 +149,7 @@ class ChunkedPrefill:
                     start = sequence.length
                     stop = min(start + chunk, total)
                     sequence.begin_chunk(stop, total)
-                    state = PrefillPass(sequence, config.policy, config.top_k, stop == total, observe)
+                    state = PrefillPass(sequence, config.policy, config.selection, stop == total, observe)
                     ids = token_ids[start:stop]
                     wanted = 1 if on_logits is None else len(ids)
                     logits = self._passes.prefill(ids, start, state, logits=wanted)

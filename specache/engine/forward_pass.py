@@ -16,7 +16,7 @@ from specache.cache.compressed_layer import CompressedLayer
 from specache.cache.dense_layer import DenseLayer
 from specache.cache.sequence import Sequence
 from specache.cache.window_layer import WindowLayer
-from specache.config import Policy
+from specache.config import Policy, TopK
 from specache.kernels.types import AttentionParams
 from specache.platform import modes
 
@@ -61,7 +61,7 @@ class PrefillPass:
         observe: called with the queries of full-attention layers.
     """
 
-    def __init__(self, sequence: Sequence, policy: Policy, top_k: int, is_last: bool, observe: Observer | None = None) -> None:
+    def __init__(self, sequence: Sequence, policy: Policy, top_k: TopK, is_last: bool, observe: Observer | None = None) -> None:
         self._sequence = sequence
         self._select_first = is_last and policy.selects_in_prefill
         self._top_k = top_k

@@ -131,7 +131,7 @@ class ModelPasses:
             if static is not None:
                 return static
         self._cache.release_device_batch()
-        spec = StepSpec(kind, config.policy, config.top_k, self._cache.counters)
+        spec = StepSpec(kind, config.policy, config.selection, self._cache.counters)
         positions = self._positions([sequence.length for sequence in sequences], kind.queries)
         self.reset_rope()
         for sequence in sequences:

@@ -158,7 +158,7 @@ class PolicyEngines:
     def _changes(self, job: Job) -> Changes:
         """Return the settings of a job that differ from the service's."""
         own = self.first.cache.config
-        asked: dict[str, Any] = {"policy": job.policy, "top_k": job.top_k}
+        asked: dict[str, Any] = {"policy": job.policy, "top_k": job.top_k, "long_top_k": job.top_k}  # one k at every length
         changes = {name: value for name, value in asked.items() if value is not None}
         same = not changes or own.with_changes(**changes).resolved(self.first.cache.info.device.type) == own
         return () if same else tuple(changes.items())

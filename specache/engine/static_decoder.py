@@ -121,7 +121,7 @@ class StaticDecoder:
         pending_groups = batch.begin(tokens) and config.policy.prefetches  # only what is selected for the next step depends on it
 
         def run() -> Tensor:
-            state = StaticPass(batch, kind, config.policy, config.top_k, pending_groups)
+            state = StaticPass(batch, kind, config.policy, config.selection, pending_groups)
             inputs = batch.inputs
             logits = decode_forward(
                 self._model, inputs.token_ids, inputs.position_ids, state, reads_back=False, layers=self.compiled

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specache.config import Code
+from specache.config import Code, TopK
 from specache.errors import ConfigError
 from specache.kernels import gpu_quantise
 from specache.kernels import triton as triton_kernels
@@ -83,7 +83,7 @@ def quantise(keys: Tensor, values: Tensor, low_bit_kv: LowBitKV, start: int) -> 
 
 
 def layer_step(
-    query: Tensor, low_bit_kvs: Sequence[LowBitKV], recent: Sequence[RecentTokens], top_k: int, params: AttentionParams
+    query: Tensor, low_bit_kvs: Sequence[LowBitKV], recent: Sequence[RecentTokens], top_k: TopK, params: AttentionParams
 ) -> LayerStep:
     backend = _step_backend_for(query, low_bit_kvs[0].head_dim, low_bit_kvs[0].code)
     return (backend.layer_step if backend else TorchLayerStep)(query, low_bit_kvs, recent, top_k, params)
@@ -95,7 +95,7 @@ def decode_in_place(
     values: Tensor,
     layers: Sequence[StoredLayer],
     commits: bool,
-    top_k: int,
+    top_k: TopK,
     params: AttentionParams,
 ) -> Tensor | None:
     """Compute a layer of a step in one call, each query with the 16-bit pairs that it selects.
@@ -127,7 +127,7 @@ def decode_fetched(
     layers: Sequence[StoredLayer],
     fetched: Sequence[FetchedRows],
     commits: bool,
-    top_k: int,
+    top_k: TopK,
     params: AttentionParams,
     real_queries: int,
     selects_next: bool,

@@ -55,8 +55,7 @@ def suggestions(
         return needed(changes) <= limit
 
     singles = list(_fewer_bits(config))
-    pairs = [pairs for pairs in _fewer_pairs(config) if fits({"top_k": pairs})]
-    singles += [{"top_k": pairs[0]}] if pairs else []
+    singles += [pairs for pairs in _fewer_pairs(config) if fits(pairs)][:1]
     if fetches(config) and config.hot_set:
         singles.append({"hot_set": _largest_hot_set(config, fits)})
     if chunk := largest(lambda c: fits({"prefill_chunk": c}), SMALLEST_CHUNK, config.prefill_chunk - 1):
@@ -98,7 +97,7 @@ def smaller(
     if config.slow_tier is not SlowTierKind.DISK:
         changes.append({"slow_tier": "disk:FOLDER"} | ({"policy": Policy.ON_DEMAND} if config.policy is Policy.FULL else {}))
     changes += _fewer_bits(config)
-    changes += [{"top_k": pairs} for pairs in _fewer_pairs(config)[-1:]]
+    changes += _fewer_pairs(config)[-1:]
     planned = ((one, config.with_changes(**one)) for one in changes)
     suggested = [Suggestion(one, needs(settings, plan(model, settings, sequences))) for one, settings in planned]
     if len(sequences) > 1:
@@ -127,7 +126,7 @@ def least_bytes(model: ModelDimensions, config: SpeCacheConfig, sequences: Seque
 
     The smallest settings are the fewest bits and pairs, no hot set, and prefill token by token.
     """
-    smallest = {**_smallest(config), "prefill_chunk": 1, "top_k": 1}
+    smallest = {**_smallest(config), "prefill_chunk": 1, **_pairs(config, 1)}
     return plan(model, config.with_changes(**smallest), sequences).fast
 
 
@@ -159,12 +158,18 @@ def _fewer_bits(config: SpeCacheConfig) -> Iterator[dict[str, Any]]:
     yield from ({"bits": bits} for bits in sorted(SUPPORTED_BITS, reverse=True) if bits < config.bits)
 
 
-def _fewer_pairs(config: SpeCacheConfig) -> list[int]:
-    """Return smaller values of `top_k`, powers of two, the largest first."""
+def _fewer_pairs(config: SpeCacheConfig) -> list[dict[str, Any]]:
+    """Return changes to fewer pairs per step, powers of two, the most first."""
     if not fetches(config):
         return []
-    exponents = range((config.top_k - 1).bit_length() - 1, _FEWEST_PAIRS.bit_length() - 2, -1)
-    return [1 << exponent for exponent in exponents]
+    exponents = range((config.long_top_k - 1).bit_length() - 1, _FEWEST_PAIRS.bit_length() - 2, -1)
+    return [_pairs(config, 1 << exponent) for exponent in exponents]
+
+
+def _pairs(config: SpeCacheConfig, pairs: int) -> dict[str, Any]:
+    """Return the changes to so many pairs per step at every length."""
+    follows = "long_top_k" in config.left_open or config.long_top_k == pairs
+    return {"top_k": pairs} if follows else {"top_k": pairs, "long_top_k": pairs}
 
 
 def _largest_hot_set(config: SpeCacheConfig, fits: Callable[[dict[str, Any]], bool]) -> float:
@@ -199,5 +204,5 @@ def _smallest(config: SpeCacheConfig) -> dict[str, Any]:
         settings["policy"] = Policy.ON_DEMAND
         config = config.with_changes(policy=Policy.ON_DEMAND)
     if fetches(config):
-        settings |= {"hot_set": 0.0, "top_k": min(config.top_k, _FEWEST_PAIRS)}
+        settings |= {"hot_set": 0.0, **_pairs(config, min(config.top_k, _FEWEST_PAIRS))}
     return settings

@@ -19,6 +19,7 @@ from specache.cache.sizes import (
     hot_slots,
     low_bit_pages,
     on_disk,
+    pairs_in_flight,
     row_layout,
     window_bytes,
 )
@@ -164,6 +165,7 @@ class CacheFootprint:
             pages=low_bit_pages(self.config, tokens) - shared,
             observed=self._observed(sequence, tokens),
             slots=self._slots(layer, sequence, least_slots),
+            pairs=pairs_in_flight(self.config, self.config.low_bit_length(tokens)),
         )
 
     def _observed(self, sequence: PlannedSequence, tokens: int) -> int:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from specache.cache.sizes import FastBytes, ordinary_bytes, window_bytes
+from specache.cache.sizes import FastBytes, ordinary_bytes, pairs_in_flight, window_bytes
 from specache.config import SpeCacheConfig
 from specache.model.dimensions import ModelDimensions
 from specache.planning.footprint import CacheFootprint, PlannedSequence, last_chunk
@@ -76,7 +76,7 @@ def plan(model: ModelDimensions, config: SpeCacheConfig, sequences: Sequence[Pla
     for sequence, count in runs:
         counts[sequence] += count
     longest = max(config.low_bit_length(sequence.total) for sequence in counts)
-    footprint = CacheFootprint(model, config, len(sequences), min(config.top_k, longest))
+    footprint = CacheFootprint(model, config, len(sequences), min(pairs_in_flight(config, longest), longest))
     decode = max(_sum(footprint.first_step, counts), _sum(footprint.last_step, counts), key=lambda held: held.total)
     return MemoryPlan(
         prefill=max(_prefill_moments(footprint, runs, counts), key=lambda held: held.total),
@@ -128,8 +128,8 @@ def _step_working_set(footprint: CacheFootprint, counts: Counter[PlannedSequence
     model, config = footprint.model, footprint.config
     step = decode_bytes(model, config, counts.total(), longest)
     step += max(footprint.growing(sequence, sequence.total) for sequence in counts)
-    # the number of pairs grows with the first groups
-    if any(sequence.stored for sequence in counts) or config.top_k > config.group_size:
+    # the number of pairs grows with the first groups, and where a sequence becomes a long one
+    if any(sequence.stored for sequence in counts) or pairs_in_flight(config, longest) > config.group_size:
         step += max(footprint.largest_hot_set(sequence) for sequence in counts)
     switch = model.rope_switch
     if switch is not None and any(sequence.prompt <= switch < sequence.total for sequence in counts):

@@ -74,7 +74,7 @@ def step_traffic(model: ModelDimensions, config: SpeCacheConfig, context: int, b
         else:
             scan += low_bit * page_layout(config, layer.kv_heads, layer.head_dim).page_bytes // PAGE_TOKENS
             recent += (context - low_bit) * row
-            rows += int(min(config.top_k, low_bit) * row * misses)
+            rows += int(config.selection.of(low_bit) * row * misses)
             written += row
     return StepTraffic(model.read_bytes, batch * scan, batch * recent, batch * rows, batch * written, misses, batch)
 
@@ -90,4 +90,4 @@ def _misses(model: ModelDimensions, config: SpeCacheConfig, context: int, batch:
         return 1.0
     layer = model.full_layers[0]
     slots = hot_slots(model, config, layer.kv_heads, layer.head_dim, context, batch)
-    return MISSES_OF_ONE_STEP / math.sqrt(max(slots / config.top_k, 1.0))
+    return MISSES_OF_ONE_STEP / math.sqrt(max(slots / config.selection.most(config.low_bit_length(context)), 1.0))

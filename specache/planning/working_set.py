@@ -12,7 +12,7 @@ step, `e` bytes of an activation.
 from __future__ import annotations
 
 from specache.attention.dense import JOINED_ROWS, KEY_BLOCK, QUERY_BLOCK
-from specache.cache.sizes import on_disk, row_layout
+from specache.cache.sizes import on_disk, pairs_in_flight, row_layout
 from specache.config import PAGE_TOKENS, Policy, SpeCacheConfig
 from specache.kernels import dispatch
 from specache.kernels.blocks import BLOCK_BYTES, QUANTISE_PAGES
@@ -70,10 +70,10 @@ def decode_bytes(model: ModelDimensions, config: SpeCacheConfig, sequences: int,
     hidden = sequences * rows * (STREAMS * model.hidden + 3 * model.mlp) * model.itemsize
     logits = sequences * model.vocabulary * (rows * (model.itemsize + FLOAT) + 2 * FLOAT)
     attention = max(_step_attention(model, config, layer, sequences, rows, low_bit_tokens) for layer in set(model.layers))
-    return hidden + logits + attention + (_row_buffers(model, config, sequences) if on_disk(config) else 0)
+    return hidden + logits + attention + (_row_buffers(model, config, sequences, low_bit_tokens) if on_disk(config) else 0)
 
 
-def _row_buffers(model: ModelDimensions, config: SpeCacheConfig, sequences: int) -> int:
+def _row_buffers(model: ModelDimensions, config: SpeCacheConfig, sequences: int, tokens: int) -> int:
     """Return the bytes of the buffers for direct reads.
 
     They hold scattered pairs, each widened to the device's unit, of every layer that is read at a
@@ -81,7 +81,8 @@ def _row_buffers(model: ModelDimensions, config: SpeCacheConfig, sequences: int)
     """
     buffers = max(KEPT_BUFFERS, STEP_BUFFERS * sequences)
     widest = max(layer.kv_heads * (layer.row_bytes(model.itemsize) + WIDENED_BYTES) for layer in model.full_layers)
-    return buffers * min(READ_BYTES, config.top_k * widest) + DISK_COPIES * _largest_block(model)
+    pairs = pairs_in_flight(config, tokens)
+    return buffers * min(READ_BYTES, pairs * widest) + DISK_COPIES * _largest_block(model)
 
 
 def _largest_block(model: ModelDimensions) -> int:
@@ -196,7 +197,7 @@ def _step_attention(
         # groups that leave the residual are candidates too: once more, for one row
         scores += score_rows // rows * layer.query_heads * FLOAT
     # a group that leaves the residual may be selected in the step that quantises it
-    pairs = min(config.top_k, tokens + config.group_size) if config.policy.fetches else 0
+    pairs = config.selection.of(tokens + config.group_size) if config.policy.fetches else 0
     fetched = 2 * sequences * rows * pairs * width * 2 * model.itemsize
     if _native(model):
         return recent + scores + fetched

@@ -289,7 +289,7 @@ class Session:
         stored = None if self._saved is None else self._saved.config(self.folder)
         config = requested or stored or SpeCacheConfig()
         if stored and config.bits == stored.bits:  # what was left open is not asked for
-            config = replace(config, **{name: getattr(stored, name) for name in config.left_open})
+            config = config.completed(stored)
         if config.slow_tier not in (SlowTierKind.AUTO, SlowTierKind.DISK):
             raise ConfigError(
                 f"slow_tier={config.slow_tier.value!r} is not for sessions: their 16-bit pairs are on disk. Leave it out."

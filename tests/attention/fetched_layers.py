@@ -9,7 +9,7 @@ from specache.attention.at_once import decode_at_once
 from specache.attention.decode import StepKind, StepSpec, mixed_attention
 from specache.cache.compressed_layer import CompressedLayer
 from specache.cache.sizes import page_layout
-from specache.config import Policy, SpeCacheConfig
+from specache.config import Policy, SpeCacheConfig, TopK
 from specache.kernels.types import AttentionParams
 from specache.low_bit.pool import PagePool, PageTable
 from specache.platform.budget import ByteBudget
@@ -62,7 +62,7 @@ def fetcher_of(tier: SlowTier, hot: type[HotSet], worker: PrefetchWorker, dtype:
     return HotSetRowFetcher(tier, 0, hot(HEADS, 0, 2 * DIM, dtype, CPU), worker, Transfer(CPU), Counters())
 
 
-def step(layers: list[CompressedLayer], kind: StepKind, policy: Policy, top_k: int, seed: int) -> tuple[Tensor, Counters]:
+def step(layers: list[CompressedLayer], kind: StepKind, policy: Policy, top_k: TopK, seed: int) -> tuple[Tensor, Counters]:
     """Decode random tokens -> [B, Hq, n, D], and what was counted."""
     generator = torch.Generator().manual_seed(seed)
     dtype, counters = layers[0].dtype, Counters()

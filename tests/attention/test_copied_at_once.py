@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specache.attention.decode import StepKind
-from specache.config import Policy
+from specache.config import Policy, TopK
 from specache.kernels import dispatch
 from specache.kernels.cpu import native
 from specache.rows.hot_set import HotSet
@@ -35,7 +35,8 @@ def worker() -> Iterator[PrefetchWorker]:
 def test_one_call_equals_several(worker, data, policy, dtype):
     lengths = data.draw(st.lists(st.integers(0, 300), min_size=1, max_size=2))
     ours, theirs = ([layer_of(length, hot, worker, dtype) for length in lengths] for hot in (NativeHotSet, HotSet))
-    top_k, slots = data.draw(st.sampled_from([(3, 0), (4, 5), (16, 0), (20, 20), (20, 64)]))
+    pairs, slots = data.draw(st.sampled_from([(3, 0), (4, 5), (16, 0), (20, 20), (20, 64)]))
+    top_k = data.draw(st.sampled_from([TopK.always(pairs), TopK(pairs // 2, pairs, 100)]))
     for layer in ours + theirs:
         layer.row_fetcher.resize(slots)  # where it grows between two steps, hits may differ
     for seed in range(data.draw(st.integers(1, 8))):
@@ -70,7 +71,7 @@ def test_forks_answer_as_if_they_shared_no_rows(worker, data):
                 for layer in pair:
                     layer.truncate(length, layer.residual_at(length))
         else:
-            outs = [step([layer], StepKind.SINGLE, Policy.ON_DEMAND, 20, seed)[0] for layer in pair]
+            outs = [step([layer], StepKind.SINGLE, Policy.ON_DEMAND, TopK.always(20), seed)[0] for layer in pair]
             assert torch.equal(*outs)
     for layer, other in zip(shared, apart, strict=True):
         assert layer.length == other.length
@@ -87,34 +88,34 @@ def test_rows_in_slots_equal_rows_in_place(worker, isa):
     with dispatch.using(isa):
         copied, gathered = (layer_of(400, hot, worker, torch.bfloat16) for hot in (NativeHotSet, HotSet))
         for seed in range(4):
-            results = [step([layer], StepKind.SINGLE, Policy.ON_DEMAND, 16, seed)[0] for layer in (copied, gathered)]
+            results = [step([layer], StepKind.SINGLE, Policy.ON_DEMAND, TopK.always(16), seed)[0] for layer in (copied, gathered)]
             assert torch.equal(*results)
 
 
 def test_rows_of_a_step_that_is_undone_are_not_used(worker):
     """What it copied ahead may be a token that is never stored: with `residual` 0, its own."""
     layer = layer_of(63, NativeHotSet, worker, torch.float32, residual=0)
-    step([layer], StepKind.PRE_DECODE, Policy.VERIFIED, 4, seed=0)
-    out, _ = step([layer], StepKind.PAIR, Policy.VERIFIED, 10**6, seed=1)
+    step([layer], StepKind.PRE_DECODE, Policy.VERIFIED, TopK.always(4), seed=0)
+    out, _ = step([layer], StepKind.PAIR, Policy.VERIFIED, TopK.always(10**6), seed=1)
     assert out.isfinite().all() and (layer.row_fetcher.hot.position == 63).any()
     layer.undo(63, None)
     assert not (layer.row_fetcher.hot.position == 63).any()
     fresh = layer_of(63, NativeHotSet, worker, torch.float32, residual=0)
     for seed in (2, 3):  # other tokens
-        results = [step([one], StepKind.PAIR, Policy.VERIFIED, 10**6, seed)[0] for one in (layer, fresh)]
+        results = [step([one], StepKind.PAIR, Policy.VERIFIED, TopK.always(10**6), seed)[0] for one in (layer, fresh)]
         assert torch.equal(*results)
 
 
 def test_an_error_in_the_call_leaves_no_row_that_was_not_copied(worker, monkeypatch):
     layer, fresh = (layer_of(200, NativeHotSet, worker, torch.float32) for _ in range(2))
-    step([layer], StepKind.SINGLE, Policy.ON_DEMAND, 8, seed=0)
-    step([fresh], StepKind.SINGLE, Policy.ON_DEMAND, 8, seed=0)
+    step([layer], StepKind.SINGLE, Policy.ON_DEMAND, TopK.always(8), seed=0)
+    step([fresh], StepKind.SINGLE, Policy.ON_DEMAND, TopK.always(8), seed=0)
     with monkeypatch.context() as patch:
         patch.setattr(HotSet, "grow", lambda self, capacity: None)
         patch.setattr(NativeHotSet, "grow", lambda self, capacity: None)
         with pytest.raises(ValueError, match="room"):
-            step([layer], StepKind.SINGLE, Policy.ON_DEMAND, 40, seed=1)
+            step([layer], StepKind.SINGLE, Policy.ON_DEMAND, TopK.always(40), seed=1)
     layer.undo(201, None)
     assert (layer.row_fetcher.hot.position < 0).sum() == 0
-    results = [step([one], StepKind.SINGLE, Policy.ON_DEMAND, 40, seed=1)[0] for one in (layer, fresh)]
+    results = [step([one], StepKind.SINGLE, Policy.ON_DEMAND, TopK.always(40), seed=1)[0] for one in (layer, fresh)]
     assert torch.equal(*results)

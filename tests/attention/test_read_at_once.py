@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from specache.attention.decode import StepKind
 from specache.cache.compressed_layer import CompressedLayer
-from specache.config import Policy
+from specache.config import Policy, TopK
 from specache.errors import CorruptRowError, SlowTierError
 from specache.kernels.cpu import native
 from specache.rows.hot_set import HotSet
@@ -77,7 +77,8 @@ def test_one_call_equals_several(folder, worker, data, policy, dtype):
     residual = data.draw(st.sampled_from([0, 16, 64]))
     layers = [both(length, folder, worker, dtype, residual) for length in lengths]
     ours, theirs = ([pair[i] for pair in layers] for i in range(2))
-    top_k, slots = data.draw(st.sampled_from([(3, 0), (4, 5), (16, 0), (20, 20), (20, 64)]))
+    pairs, slots = data.draw(st.sampled_from([(3, 0), (4, 5), (16, 0), (20, 20), (20, 64)]))
+    top_k = data.draw(st.sampled_from([TopK.always(pairs), TopK(pairs // 2, pairs, 100)]))
     for layer in ours + theirs:
         layer.row_fetcher.resize(slots)
     for seed in range(data.draw(st.integers(1, 8))):
@@ -98,7 +99,7 @@ def test_reads_ahead_take_no_thread(folder, worker):
     before = set(threading.enumerate())  # of which one of an earlier test may end meanwhile
     reading = 0
     for seed in range(8):
-        step([layer], StepKind.PAIR, Policy.VERIFIED, 20, seed)
+        step([layer], StepKind.PAIR, Policy.VERIFIED, TopK.always(20), seed)
         reading += in_flight(layer)
         assert set(threading.enumerate()) <= before
     assert reading
@@ -113,7 +114,7 @@ def test_few_requests_and_little_memory_change_no_result(folder, worker, monkeyp
         monkeypatch.setattr(native_reads if name == "RING_ENTRIES" else row_reads, name, value)
     layer, other = both(320, folder, worker)
     for seed in range(12):
-        results = [step([one], StepKind.PAIR, Policy.VERIFIED, 40, seed)[0] for one in (layer, other)]
+        results = [step([one], StepKind.PAIR, Policy.VERIFIED, TopK.always(40), seed)[0] for one in (layer, other)]
         assert torch.equal(*(out[:, :, 0] for out in results))  # the draft token's depends on what was read ahead
     layer.release()
     layer.tier.close()
@@ -127,21 +128,21 @@ def test_a_damaged_row_is_named_and_the_step_can_be_repeated(folder, worker, kin
     good = np.fromfile(path, np.uint8)
     failed = 0
     for seed in range(12):
-        expected = step([other], kind, policy, 20, seed)[0]
+        expected = step([other], kind, policy, TopK.always(20), seed)[0]
         damaged = good.copy()
         if seed > 2:
             damaged[: len(good) : 8] ^= 1
         damaged.tofile(path)
         length, wanted = layer.length, layer.next_positions
         try:
-            out = step([layer], kind, policy, 20, seed)[0]
+            out = step([layer], kind, policy, TopK.always(20), seed)[0]
         except SlowTierError as error:
             assert isinstance(error, CorruptRowError) and "its checksum differs" in str(error) and "token" in str(error)
             assert not in_flight(layer)
             failed += 1
             layer.undo(length, wanted)
             good.tofile(path)
-            out = step([layer], kind, policy, 20, seed)[0]
+            out = step([layer], kind, policy, TopK.always(20), seed)[0]
         good.tofile(path)
         if in_flight(layer):
             layer.row_fetcher._reads.native.finish_ahead()  # before the file is damaged again
@@ -161,17 +162,17 @@ def test_damage_found_while_reading_ahead_is_raised_once_in_the_next_step(folder
     for seed in range(0, 12, 2):
         damaged.tofile(path)
         for one in (layer, other):  # the draft token alone reads nothing but ahead
-            step([one], StepKind.DRAFT, Policy.VERIFIED, 20, seed)
-        expected = step([other], StepKind.PAIR, Policy.VERIFIED, 20, seed + 1)[0]
+            step([one], StepKind.DRAFT, Policy.VERIFIED, TopK.always(20), seed)
+        expected = step([other], StepKind.PAIR, Policy.VERIFIED, TopK.always(20), seed + 1)[0]
         length, wanted = layer.length, layer.next_positions
         if in_flight(layer):
             with pytest.raises(CorruptRowError, match=r"Reading ahead in layer 0 failed. .*KV head .*its checksum differs"):
-                step([layer], StepKind.PAIR, Policy.VERIFIED, 20, seed + 1)
+                step([layer], StepKind.PAIR, Policy.VERIFIED, TopK.always(20), seed + 1)
             assert layer.length == length
             layer.undo(length, wanted)
             raised += 1
         good.tofile(path)
-        assert torch.equal(step([layer], StepKind.PAIR, Policy.VERIFIED, 20, seed + 1)[0], expected)
+        assert torch.equal(step([layer], StepKind.PAIR, Policy.VERIFIED, TopK.always(20), seed + 1)[0], expected)
     assert raised
     layer.release()
     layer.tier.close()
@@ -184,9 +185,9 @@ def test_a_read_ahead_that_failed_only_once_is_repeated(folder, worker):
     for seed in range(0, 12, 2):
         np.zeros_like(good).tofile(path)
         for one in (layer, other):
-            step([one], StepKind.DRAFT, Policy.VERIFIED, 20, seed)
+            step([one], StepKind.DRAFT, Policy.VERIFIED, TopK.always(20), seed)
         good.tofile(path)
-        results = [step([one], StepKind.PAIR, Policy.VERIFIED, 20, seed + 1)[0] for one in (layer, other)]
+        results = [step([one], StepKind.PAIR, Policy.VERIFIED, TopK.always(20), seed + 1)[0] for one in (layer, other)]
         assert torch.equal(*results)
     layer.release()
     layer.tier.close()
@@ -195,11 +196,11 @@ def test_a_read_ahead_that_failed_only_once_is_repeated(folder, worker):
 def test_reads_under_way_end_before_their_memory_is_freed(folder, worker):
     """Cancelled, dropped with the layer, and while files are closed."""
     layer, _ = both(320, folder, worker)
-    step([layer], StepKind.PAIR, Policy.VERIFIED, 20, 0)
+    step([layer], StepKind.PAIR, Policy.VERIFIED, TopK.always(20), 0)
     layer.row_fetcher.free()
     with nothing_left(folder):
         for seed in range(1, 9):
-            step([layer], StepKind.PAIR, Policy.VERIFIED, 20, seed)
+            step([layer], StepKind.PAIR, Policy.VERIFIED, TopK.always(20), seed)
             fork = layer.fork(layer.tier.fork(), layer.row_fetcher, layer.config)
             fork.tier.close()
             if seed % 2:
@@ -207,7 +208,7 @@ def test_reads_under_way_end_before_their_memory_is_freed(folder, worker):
             else:
                 layer.row_fetcher.drop()
         layer.row_fetcher.free()
-    step([layer], StepKind.PAIR, Policy.VERIFIED, 20, 9)
+    step([layer], StepKind.PAIR, Policy.VERIFIED, TopK.always(20), 9)
     layer.tier.close()  # reads of closed files complete
     layer.row_fetcher.begin_step()
     del layer
@@ -216,7 +217,7 @@ def test_reads_under_way_end_before_their_memory_is_freed(folder, worker):
 def test_a_forked_process_leaves_the_reads_of_its_parent_alone(folder, worker):
     layer, other = both(320, folder, worker)
     for seed in range(6):
-        results = [step([one], StepKind.PAIR, Policy.VERIFIED, 20, seed)[0] for one in (layer, other)]
+        results = [step([one], StepKind.PAIR, Policy.VERIFIED, TopK.always(20), seed)[0] for one in (layer, other)]
         assert torch.equal(*results)
         child = os.fork()
         if child == 0:

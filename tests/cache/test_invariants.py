@@ -147,6 +147,22 @@ def test_every_policy_equals_the_reference(model, full, references, policy, code
         assert (logits - expected.logits).abs().max() < (5e-3 if turned else 1e-3)
 
 
+@pytest.mark.usefixtures("torch_kernels")
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("policy", FETCHING)
+def test_a_sequence_that_becomes_long_equals_the_reference(model, full, references, policy, tier):
+    """In the middle of its answer it begins to select more pairs."""
+    config = settings(policy=policy, slow_tier=tier, top_k=2, long_top_k=40, long_from=200, prefill_chunk=4096)
+    expected = references(config)
+    with specache.SpeCache(model, config) as cache:
+        _, logits, _ = run(model, prompt(200), config, answer=full[0], cache=cache)
+        turned = a_code_turned(cache, expected)
+        assert (logits - expected.logits).abs().max() < (5e-3 if turned else 1e-3)
+    few = run(model, prompt(200), config.with_changes(long_top_k=2), answer=full[0])[1]
+    differs = (logits - few).abs().amax(-1) > 1e-4
+    assert not differs[:20].any() and differs[-8:].all()
+
+
 def a_code_turned(cache: specache.SpeCache, expected: reference.ReferenceOutput) -> bool:
     """Whether the copies differ, which must be by rounding: the reference sums a prompt's attention
     in another order, and a last-bit difference of a key can turn a code, or the last of a scale's
@@ -265,8 +281,10 @@ def test_chunked_prefill_stores_what_unchunked_does(model, chunk):
         assert ((one - other).abs() > 0.02).float().mean() < 1e-3
 
 
-def test_a_ragged_batch_equals_each_prompt_alone(model):
-    config = settings(policy="verified", slow_tier="ram")
+@pytest.mark.parametrize("long", [{}, {"long_top_k": 30, "long_from": 112}])
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_ragged_batch_equals_each_prompt_alone(model, tier, long):
+    config = settings(policy="verified", slow_tier=tier, **long)
     prompts = [prompt(200, 1), prompt(90, 2), prompt(5, 3)]
     ids = torch.zeros(3, 200, dtype=torch.long)
     mask = torch.zeros_like(ids)

@@ -42,7 +42,7 @@ def filled(tokens: int, block: int | None = 32) -> CompressedLayer:
 
 def stepped(layer: CompressedLayer, seed: int, kind: StepKind = StepKind.PAIR) -> torch.Tensor:
     """Decode a token, and a draft token beside it, as a pass does."""
-    spec = StepSpec(kind, Policy.VERIFIED, CONFIG.top_k, Counters())
+    spec = StepSpec(kind, Policy.VERIFIED, CONFIG.selection, Counters())
     n = kind.queries
     query, keys, values = (drawn(heads, n, seed + i)[None] for i, heads in enumerate((HEADS * GROUPS, HEADS, HEADS)))
     out = decode_at_once(query, keys, values, [layer], PARAMS, spec)
@@ -164,7 +164,7 @@ def test_a_step_that_fails_counts_nothing():
     before, written = layer.length, rows_of(layer)
     query, keys, values = (drawn(heads, 1, 30)[None] for heads in (HEADS * GROUPS, HEADS, HEADS))
     values[0, 1, 0, 3] = float("nan")
-    spec = StepSpec(StepKind.SINGLE, Policy.ON_DEMAND, CONFIG.top_k, Counters())
+    spec = StepSpec(StepKind.SINGLE, Policy.ON_DEMAND, CONFIG.selection, Counters())
     with pytest.raises(NonFiniteError, match="values of layer 0"):
         decode_at_once(query, keys, values, [layer], PARAMS, spec)
     assert layer.length == before and torch.equal(rows_of(layer), written)
@@ -197,4 +197,4 @@ def test_a_layer_of_another_shape_is_refused():
     layer = filled(100)
     query, keys, values = (drawn(heads, 1, 30)[None] for heads in (HEADS * GROUPS, 1, 1))
     with pytest.raises(ValueError, match="stores"):
-        dispatch.decode_in_place(query, keys, values, [layer], True, 8, PARAMS)
+        dispatch.decode_in_place(query, keys, values, [layer], True, CONFIG.selection, PARAMS)

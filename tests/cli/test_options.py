@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from specache.cli.options import CacheOptions, GenerationOptions, parse_hot_set
+from specache.cli.cache_options import CacheOptions, parse_hot_set
+from specache.cli.options import GenerationOptions
 from specache.config import SpeCacheConfig
 from specache.errors import ConfigError
 

@@ -43,6 +43,9 @@ def batches(monkeypatch):
     return made
 
 
+LONG = {"long_top_k": 20, "long_from": 100}
+
+
 def own_tensors(batch: DeviceBatch) -> list[torch.Tensor]:
     """Those that only the batch holds, but for residuals and hot sets."""
     tensors = [batch.inputs._buffer, batch.lengths, batch.hits, batch.counters.totals]
@@ -58,7 +61,13 @@ def own_tensors(batch: DeviceBatch) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("code", ["kivi", "rotated"])
 @pytest.mark.parametrize(
-    ("lengths", "changes"), [((150, 97), {}), ((60,), {"top_k": 3, "hot_set": 0.3}), ((80, 80, 80), {"policy": "on-demand"})]
+    ("lengths", "changes"),
+    [
+        ((150, 97), {}),
+        ((60,), {"top_k": 3, "hot_set": 0.3}),
+        ((80, 80, 80), {"policy": "on-demand"}),
+        ((150, 97), {"long_top_k": 20, "long_from": 100}),
+    ],
 )
 def test_a_batch_claims_what_it_allocates(monkeypatch, batches, code, lengths, changes):
     settings = config(code=code, **changes)
@@ -70,7 +79,9 @@ def test_a_batch_claims_what_it_allocates(monkeypatch, batches, code, lengths, c
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("changes", [{}, {"top_k": 3, "hot_set": 0.3}, {"code": "kivi", "policy": "on-demand"}, {"policy": "none"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"top_k": 3, "hot_set": 0.3}, {"code": "kivi", "policy": "on-demand"}, {"policy": "none"}, LONG]
+)
 def test_the_planner_counts_the_same(monkeypatch, batches, family, changes):
     """Of a batch of equal sequences that are as long as they were planned."""
     settings, length = config(**changes), 180

@@ -29,6 +29,7 @@ from tests.tiny import FETCHING, llama, prompt, ragged
 
 pytestmark = pytest.mark.usefixtures("torch_kernels")
 POLICIES = (*FETCHING, "none")
+LONGER = {"long_top_k": 20, "long_from": 64}  # both sequences select more pairs in the end
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,16 @@ def test_static_steps_give_the_ordinary_tokens_and_logits(model, monkeypatch, po
     assert steps == [2] * 39
 
 
+@pytest.mark.parametrize("policy", FETCHING)
+def test_a_sequence_that_becomes_long_beside_a_longer_one_gives_the_ordinary_tokens_and_logits(model, monkeypatch, policy):
+    settings = config(policy=policy, long_top_k=24, long_from=100)
+    eager = answer(model, settings, (150, 97), 40)
+    with static_steps(monkeypatch) as steps:
+        static = answer(model, settings, (150, 97), 40)
+    assert_equal(static, eager)
+    assert steps == [2] * 39
+
+
 @pytest.mark.parametrize("code", ["kivi", "rotated"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_logits_equal_the_references(model, monkeypatch, policy, code):
@@ -66,7 +77,9 @@ def test_logits_equal_the_references(model, monkeypatch, policy, code):
     assert (logits - expected.logits).abs().max() < (5e-3 if turned else 1e-3)
 
 
-@pytest.mark.parametrize("changes", [{"bits": 4, "group_size": 32, "residual": 7}, {"bits": 1, "hot_set": 0.0}, {"top_k": 10**6}])
+@pytest.mark.parametrize(
+    "changes", [{"bits": 4, "group_size": 32, "residual": 7}, {"bits": 1, "hot_set": 0.0}, {"top_k": 10**6}, LONGER]
+)
 def test_static_steps_equal_the_ordinary_ones_in_other_layouts(model, monkeypatch, changes):
     settings = config(**changes)
     eager = answer(model, settings, (100, 60), 20)

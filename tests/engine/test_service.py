@@ -119,6 +119,16 @@ def test_requests_with_other_policies_share_the_service(model):
     assert len({tuple(tokens) for tokens in expected}) == len(asked)
 
 
+def test_the_pairs_of_a_request_hold_at_every_length(model):
+    """Also where the service takes more for long sequences."""
+    with service_of(model, settings(top_k=4, long_top_k=40, long_from=64)) as service:
+        clients = [ask(service, model, prompt(200), job=job, max_new_tokens=10) for job in ({"top_k": 4}, {})]
+        for client, changes in zip(clients, ({"top_k": 4}, {"top_k": 40}), strict=True):
+            client.end()
+            assert client.tokens() == alone(model, prompt(200), settings(**changes), max_new_tokens=10)[0]
+    assert clients[0].tokens() != clients[1].tokens()
+
+
 def test_many_settings_do_not_leave_many_engines(model):
     with service_of(model) as service:
         for pairs in range(1, 9):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specache.config import PAGE_TOKENS
+from specache.config import PAGE_TOKENS, TopK
 from specache.kernels.torch import operations as torch_ops
 from specache.kernels.triton.tables import PageScores, PageTables, offsets_of
 from specache.kernels.types import LowBitKV
@@ -60,7 +60,7 @@ class PagedCase:
 
     def positions(self, scores: Tensor, k: int) -> Tensor:
         """The top k of scores; the draft query lacks every third one."""
-        positions = torch_ops.select(scores, self.rest, self.lengths, k)
+        positions = torch_ops.select(scores, self.rest, self.lengths, TopK.always(k))
         positions[:, :, -1, ::3] = -1
         return positions
 
@@ -110,16 +110,16 @@ def assert_rounded(scores: PageScores, lengths: Tensor, expected: Tensor) -> Non
 
 
 def assert_selected(
-    found: Tensor, scores: Tensor, rest: Tensor, lengths: Sequence[int], k: int, rtol: float = 2e-2, atol: float = 1e-9
+    found: Tensor, scores: Tensor, rest: Tensor, lengths: Sequence[int], top_k: TopK, rtol: float = 2e-2, atol: float = 1e-9
 ) -> None:
     """Ascending, in range, and as probable as the true top k, but for what rounding may exchange.
 
     By default that of 16-bit models: 8 bits behind the exponent, and scores of 11.
     """
-    expected = torch_ops.select(scores, rest, lengths, k)
+    expected = torch_ops.select(scores, rest, lengths, top_k)
     assert torch.equal(found >= 0, expected >= 0)
     for b, length in enumerate(lengths):
-        chosen = found[b, ..., : min(k, length)]
+        chosen = found[b, ..., : top_k.of(length)]
         assert (chosen.diff(dim=-1) > 0).all()
         assert chosen.numel() == 0 or (chosen.min() >= 0 and chosen.max() < length)
     mean_prob = torch_ops.mean_probabilities(scores, rest)

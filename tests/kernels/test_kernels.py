@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specache import reference
-from specache.config import Code
+from specache.config import Code, TopK
 from specache.kernels import dispatch
 from specache.kernels.torch import operations as torch_ops
 from specache.kernels.types import LowBitKV
@@ -16,6 +16,7 @@ from specache.low_bit.key_scales import KeyScales
 from specache.low_bit.layout import PageLayout
 from specache.low_bit.pool import PagePool, PageTable
 from specache.platform.budget import ByteBudget
+from tests.pairs import top_ks
 
 CPU = torch.device("cpu")
 
@@ -132,7 +133,7 @@ def test_torch_score_and_attend_equal_dense_attention_over_the_decoded_copy(case
     torch.testing.assert_close(scores[0], expected, atol=2e-4, rtol=1e-4)
 
     top_k = min(5, length)
-    positions = torch_ops.select(scores, torch.full((1, heads, groups, rows), -3.0), [length], top_k)
+    positions = torch_ops.select(scores, torch.full((1, heads, groups, rows), -3.0), [length], TopK.always(top_k))
     fetched = torch.randn(1, heads, rows, top_k, 2 * dim, generator=torch.Generator().manual_seed(2))
     torch_ops.rescore(query, scores, positions, fetched, 0.3, softcap)
     out, lse = torch_ops.attend(scores, positions, fetched, [low_bit_kv], [length])
@@ -161,7 +162,7 @@ def test_a_ragged_batch_scores_as_each_sequence_alone(bits, code):
         alone = torch_ops.score(query[b : b + 1], [copy_of(table)], [length], 1.0, None)
         torch.testing.assert_close(together[b : b + 1, ..., :length], alone)
         assert (together[b, ..., length:] == -torch.inf).all()
-    positions = torch_ops.select(together, torch.zeros(3, 2, 2, 2), lengths, 70)
+    positions = torch_ops.select(together, torch.zeros(3, 2, 2, 2), lengths, TopK.always(70))
     assert positions.shape == (3, 2, 2, 70)
     for b, length in enumerate(lengths):
         chosen = positions[b][positions[b] >= 0]
@@ -172,13 +173,30 @@ def test_a_ragged_batch_scores_as_each_sequence_alone(bits, code):
     assert (lse[2] == -torch.inf).all()
 
 
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.integers(0, 200), min_size=1, max_size=4), top_k=top_ks(longest=200), levels=st.integers(1, 6))
+def test_each_sequence_of_a_batch_selects_as_it_does_alone(lengths, top_k, levels):
+    """Also where some of the sequences are long ones, which select more pairs."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    scores = torch.randint(0, levels, (len(lengths), 2, 1, 2, max(lengths)), generator=generator).float()
+    for b, length in enumerate(lengths):
+        scores[b, ..., length:] = -torch.inf
+    rest = torch.zeros(len(lengths), 2, 1, 2)
+    together = torch_ops.select(scores, rest, lengths, top_k)
+    for b, length in enumerate(lengths):
+        k = min(top_k.short if length < top_k.long_from else top_k.long, length)
+        alone = torch_ops.select(scores[b : b + 1, ..., :length], rest[b : b + 1], [length], TopK.always(k))
+        assert torch.equal(together[b, ..., :k], alone[0])
+        assert (together[b, ..., k:] == -1).all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(1, 3), st.integers(0, 10**6), st.integers(1, 6))
 def test_select_is_a_stable_sort_by_mean_probability(length, k, groups, seed, levels):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(0, levels, (1, 2, groups, 2, length), generator=generator).float()
     rest = torch.zeros(1, 2, groups, 2)
-    positions = torch_ops.select(scores, rest, [length], k)
+    positions = torch_ops.select(scores, rest, [length], TopK.always(k))
     probabilities = (scores - torch.logaddexp(scores.logsumexp(-1), rest).unsqueeze(-1)).exp().mean(2)
     rounded = (probabilities * 2**20).round()  # ties of equal scores are ties of equal sums
     for h in range(2):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specache.cli.main import app
-from specache.config import Code
+from specache.config import Code, TopK
 from specache.errors import ConfigError, NonFiniteError
 from specache.kernels import dispatch
 from specache.kernels.cpu import native
@@ -27,6 +27,7 @@ from specache.low_bit.pool import PagePool, PageTable
 from specache.platform.budget import ByteBudget
 from specache.tiers.ram import RamTier
 from specache.tiers.row_memory import RowMemory
+from tests.pairs import top_ks
 
 ISAS = dispatch.available()[1:]  # every backend but PyTorch, which they are tested against
 CODES = (Code.KIVI, Code.ROTATED)  # those that the C++ kernels have
@@ -134,8 +135,8 @@ class Newest:
         sink = torch.randn(case.query.shape[1], generator=generator) if sinks else None
         self.params = AttentionParams(SCALING, softcap, sink)
 
-    def step(self, case, k, kind=None):
-        return (kind or dispatch.layer_step)(case.query, case.low_bit_kvs, self.recent, k, self.params)
+    def step(self, case, top_k, kind=None):
+        return (kind or dispatch.layer_step)(case.query, case.low_bit_kvs, self.recent, top_k, self.params)
 
     def largest_value(self, case):
         return max(float(x.float().abs().max()) for x in [*(r.values for r in self.recent), *case.values] if x.numel())
@@ -195,7 +196,7 @@ def measured_scores(case, softcap, t):
         fetched = torch.tensor([i for i in range(length) if i != t], dtype=torch.long)
         positions[b, ..., : len(fetched)] = fetched
     rows = torch.cat([unlikely, torch.zeros_like(unlikely)], dim=-1)[:, :, None, None].expand(-1, -1, n, longest, -1)
-    step = dispatch.layer_step(case.query, case.low_bit_kvs, recent, 1, AttentionParams(SCALING, softcap))
+    step = dispatch.layer_step(case.query, case.low_bit_kvs, recent, TopK.always(1), AttentionParams(SCALING, softcap))
     step.attend_low_bit(positions)
     out = step.attend_fetched(positions, rows).double().unflatten(1, (heads, groups))
     found = torch.full_like(raw, torch.nan)
@@ -245,23 +246,23 @@ def every_position(case):
 
 @every_isa
 @settings(max_examples=40, deadline=None)
-@given(data=st.data(), case=cases(), k=st.integers(1, 70), levels=st.sampled_from([2, 5, 10**6]))
-def test_selections_among_exact_scores_equal_pytorchs(isa, data, case, k, levels):
+@given(data=st.data(), case=cases(), top_k=top_ks(), levels=st.sampled_from([2, 5, 10**6]))
+def test_selections_among_exact_scores_equal_pytorchs(isa, data, case, top_k, levels):
     """Of equal scores the lower position wins. Pending tokens compete for the next step."""
     newest = data.draw(newests(case))
     positions = every_position(case)
     longest = positions.shape[-1]
-    kinds = random_rows(case, positions[..., : min(levels, longest)], k)  # [B, Hkv, n, levels, 2 D]
-    chosen = torch.randint(0, kinds.shape[3], (longest,), generator=torch.Generator().manual_seed(k))
+    kinds = random_rows(case, positions[..., : min(levels, longest)], top_k.short)  # [B, Hkv, n, levels, 2 D]
+    chosen = torch.randint(0, kinds.shape[3], (longest,), generator=torch.Generator().manual_seed(top_k.short))
     if levels > longest:
         chosen = torch.arange(longest)
-    plain = newest.step(case, k, TorchLayerStep)
+    plain = newest.step(case, top_k, TorchLayerStep)
     scores = torch_ops.exact_scores(case.query, plain._scores, kinds, SCALING, newest.params.softcap)[..., chosen]
     for b, length in enumerate(case.lengths):
         scores[b, ..., length:] = -torch.inf
-    expected = torch_ops.select(scores, plain._rest_lse, case.lengths, k)
+    expected = torch_ops.select(scores, plain._rest_lse, case.lengths, top_k)
     with dispatch.using(isa):
-        step = newest.step(case, k)
+        step = newest.step(case, top_k)
         step.rescore(positions, kinds[..., chosen, :])
         found, following = step.select(), step.select_next()
     if levels < 10:
@@ -288,11 +289,11 @@ def test_low_bit_values_are_summed_up_to_weights_of_8_bits(isa, data, case):
     newest = data.draw(newests(case))
     positions = every_position(case)
     rows, none = random_rows(case, positions, 1), positions[..., :0]
-    plain = newest.step(case, 8, TorchLayerStep)
+    plain = newest.step(case, TopK.always(8), TorchLayerStep)
     plain.rescore(positions, rows)
     wanted = plain.attend_fetched(none, rows[..., :0, :])
     with dispatch.using(isa):
-        step = newest.step(case, 8)
+        step = newest.step(case, TopK.always(8))
         step.rescore(positions, rows)
         step.attend_low_bit(none)
         differences = (step.attend_fetched(none, rows[..., :0, :]) - wanted).abs()
@@ -308,9 +309,9 @@ def test_a_step_with_every_pair_fetched_is_exact(isa, data, case):
     newest = data.draw(newests(case))
     positions = every_position(case)
     rows = random_rows(case, positions, 2)
-    wanted = newest.step(case, 8, TorchLayerStep).attend_fetched(positions, rows)
+    wanted = newest.step(case, TopK.always(8), TorchLayerStep).attend_fetched(positions, rows)
     with dispatch.using(isa):
-        step = newest.step(case, 8)
+        step = newest.step(case, TopK.always(8))
         step.attend_low_bit(positions)
         out = step.attend_fetched(positions, rows)
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5 * max(newest.largest_value(case), float(rows.abs().max())))
@@ -318,15 +319,15 @@ def test_a_step_with_every_pair_fetched_is_exact(isa, data, case):
 
 @every_isa
 @settings(max_examples=60, deadline=None)
-@given(data=st.data(), case=cases(), k=st.integers(0, 70))
-def test_a_layer_step_equals_pytorchs_up_to_rounded_queries_and_weights(isa, data, case, k):
+@given(data=st.data(), case=cases(), top_k=top_ks(least=0))
+def test_a_layer_step_equals_pytorchs_up_to_rounded_queries_and_weights(isa, data, case, top_k):
     """A step that verifies: selected rows, of which the draft query does not get all."""
     newest = data.draw(newests(case))
     error = 1.01 * SCALING * float(rounding_bound(case)) + 1e-4  # of a score
-    plain = newest.step(case, k, TorchLayerStep)
+    plain = newest.step(case, top_k, TorchLayerStep)
     probabilities = mean_prob(case, newest, plain)
     with dispatch.using(isa):
-        step = newest.step(case, k)
+        step = newest.step(case, top_k)
         check_selected(probabilities, step.select(), plain.select(), error)
         found, expected = step.select_next(), plain.select_next()
         assert found.shape == expected.shape
@@ -335,7 +336,7 @@ def test_a_layer_step_equals_pytorchs_up_to_rounded_queries_and_weights(isa, dat
             check_selected(probabilities[:, :, -1], found, expected, error)
         positions = plain.select().clone()
         positions[:, :, -1, ::3] = -1
-        rows = random_rows(case, positions, k)
+        rows = random_rows(case, positions, top_k.short)
         step.attend_low_bit(positions)
         out = step.attend_fetched(positions, rows)
     wanted = plain.attend_fetched(positions, rows)
@@ -353,9 +354,9 @@ def test_pending_tokens_are_selected_where_they_are_likely(isa, rows):
     for b in (0, 2):  # every other pending key is that of the last query's group
         grouped = case.query[b].unflatten(0, (case.heads, -1))
         newest.recent[b].keys[:, :64:2] = 9 * grouped[:, :, -1].mean(1).unsqueeze(1)
-    plain = newest.step(case, 32, TorchLayerStep)
+    plain = newest.step(case, TopK.always(32), TorchLayerStep)
     with dispatch.using(isa):
-        step = newest.step(case, 32)
+        step = newest.step(case, TopK.always(32))
         for one in (step, plain):
             one.select()
         found = step.select_next()
@@ -372,7 +373,7 @@ def test_select_reads_a_long_line_of_scores_to_its_end(isa):
     case.tables = [case.filled(case.keys[0], case.values[0])]
     case.low_bit_kvs = [case.low_bit_kv(case.tables[0])]
     with dispatch.using(isa):
-        positions = Newest(case, 2, 0, False, None).step(case, 64).select()
+        positions = Newest(case, 2, 0, False, None).step(case, TopK.always(64)).select()
     assert (positions[..., -1] == case.lengths[0] - 1).all()
 
 
@@ -388,14 +389,14 @@ def test_long_sequences_equal_pytorchs(isa, bits, dim, groups):
     positions = every_position(case)
     rows, none = random_rows(case, positions, 0), positions[..., :0]
     rows[..., :dim] *= 0.5  # weights spread over the pages, as they mostly do
-    plain = newest.step(case, 64, TorchLayerStep)
+    plain = newest.step(case, TopK.always(64), TorchLayerStep)
     expected = torch_ops.score(case.query, case.low_bit_kvs, case.lengths, SCALING, None)
     plain.rescore(positions, rows)
     with dispatch.using(isa):
         for t in (511, 2048, 41 * 64 - 1):
             error = (measured_scores(case, None, t) - expected[..., t])[torch.tensor(case.lengths) > t].abs().max()
             assert error <= 1.01 * SCALING * rounding_bound(case) + 2e-4
-        step = newest.step(case, 64)
+        step = newest.step(case, TopK.always(64))
         step.rescore(positions, rows)
         check_selected(mean_prob(case, newest, plain), step.select(), plain.select(), 3e-6)
         step.attend_low_bit(none)
@@ -471,11 +472,11 @@ def of_step(recent, rows):
 @given(
     data=st.data(),
     case=cases(),
-    k=st.integers(1, 70),
+    top_k=top_ks(),
     commits=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-def test_one_call_and_several_give_the_same_bits_on_any_number_of_threads(isa, data, case, k, commits, dtype):
+def test_one_call_and_several_give_the_same_bits_on_any_number_of_threads(isa, data, case, top_k, commits, dtype):
     newest = data.draw(newests(case))
     case.query = case.query.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)  # as a model makes it
     keys, values = of_step(newest.recent, case.rows)
@@ -486,10 +487,10 @@ def test_one_call_and_several_give_the_same_bits_on_any_number_of_threads(isa, d
             with dispatch.using(isa):
                 layers = [InPlace(case, b, recent, case.rows, commits) for b, recent in enumerate(newest.recent)]
                 for _ in range(2):  # the second time it knows the layers' addresses
-                    out = dispatch.decode_in_place(case.query, keys, values, layers, commits, k, newest.params)
+                    out = dispatch.decode_in_place(case.query, keys, values, layers, commits, top_k, newest.params)
                     assert out.shape == (len(layers), case.rows, case.query.shape[1], case.dim)
                     outs.append(out.transpose(1, 2))
-                step = newest.step(case, k)
+                step = newest.step(case, top_k)
                 positions = step.select()  # [B, Hkv, n, k]
                 heads = torch.arange(case.heads).view(-1, 1, 1)
                 stored = [torch.cat([k_, v_], dim=-1) for k_, v_ in zip(case.keys, case.values, strict=True)]
@@ -527,14 +528,14 @@ def test_a_step_in_place_stores_nothing_of_a_batch_where_one_token_is_not_finite
     tokens[name][1, 1, 0, 63] = bad
     layers = [InPlace(case, b, recent, 2, True) for b, recent in enumerate(newest.recent)]
     with dispatch.using(isa), pytest.raises(NonFiniteError, match=f"in the {name} of layer 0"):
-        dispatch.decode_in_place(case.query, tokens["keys"], tokens["values"], layers, True, 8, newest.params)
+        dispatch.decode_in_place(case.query, tokens["keys"], tokens["values"], layers, True, TopK.always(8), newest.params)
     for layer in layers:
         assert layer.residual_buffer[:, :, -1].isnan().all()
         assert layer.rows[:, -2:].isnan().all()
     tokens[name][1, 1, 0, 63] = 0.0
     tokens[name][1, 1, 1, 63] = bad  # the draft token's, which is not stored
     with dispatch.using(isa):
-        dispatch.decode_in_place(case.query, tokens["keys"], tokens["values"], layers, True, 8, newest.params)
+        dispatch.decode_in_place(case.query, tokens["keys"], tokens["values"], layers, True, TopK.always(8), newest.params)
 
 
 @every_isa
@@ -552,7 +553,9 @@ def test_a_step_in_place_rounds_its_result_as_pytorch_does(isa, dtype, sink_dtyp
         for of_query in (torch.float32, dtype):
             query = case.query.to(dtype).to(of_query)
             outs.append(
-                dispatch.decode_in_place(query, keys, values, [InPlace(case, 0, newest.recent[0], 1, True)], True, 8, newest.params)
+                dispatch.decode_in_place(
+                    query, keys, values, [InPlace(case, 0, newest.recent[0], 1, True)], True, TopK.always(8), newest.params
+                )
             )
     assert torch.equal(outs[1], outs[0].to(dtype))
 
@@ -572,12 +575,12 @@ def test_nan_and_infinity_are_not_packed(isa, bad):
 def test_calls_from_several_threads_do_not_mix():
     case = Case(Code.ROTATED, 2, 64, 64, 2, 2, 1, [40], 0, torch.float32)
     newest = Newest(case, 9, 0, False, None)
-    expected = newest.step(case, 16).select()
+    expected = newest.step(case, TopK.always(16)).select()
     wrong = []
 
     def work():
         for _ in range(20):
-            if not torch.equal(newest.step(case, 16).select(), expected):
+            if not torch.equal(newest.step(case, TopK.always(16)).select(), expected):
                 wrong.append(1)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -595,7 +598,7 @@ def test_a_query_that_is_not_finite_stays_in_range(isa, factor):
     case.query = case.query * factor
     newest = Newest(case, 70, 64, False, None)
     with dispatch.using(isa):
-        step = newest.step(case, 16)
+        step = newest.step(case, TopK.always(16))
         positions, following = step.select(), step.select_next()
     assert ((positions >= 0) & (positions < case.lengths[0])).all()
     assert ((following >= 0) & (following < case.lengths[0] + 64)).all()
@@ -635,10 +638,10 @@ def test_missing_native_kernels_warn_once(monkeypatch):
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     dispatch._warn_without_native.cache_clear()
     with pytest.warns(RuntimeWarning, match="specache doctor"):
-        Newest(case, 2, 0, False, None).step(case, 16)
+        Newest(case, 2, 0, False, None).step(case, TopK.always(16))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Newest(case, 2, 0, False, None).step(case, 16)
+        Newest(case, 2, 0, False, None).step(case, TopK.always(16))
 
 
 @pytest.mark.parametrize("name", ["torch", *ISAS])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from specache.config import Code
+from specache.config import Code, TopK
 from specache.errors import ConfigError
 from specache.kernels import dispatch
 from specache.kernels import triton as triton_kernels
@@ -150,12 +150,12 @@ def check_against_pytorch(case: Case, dtype: torch.dtype, device: torch.device) 
         assert_near(scores.values, expected, 1e-4)
     else:
         assert_rounded(scores, lengths, expected)
-    positions = kernels.select_pages(scores, paged.rest, lengths, 64)
+    positions = kernels.select_pages(scores, paged.rest, lengths, TopK.always(64))
     if exact:
-        wanted = torch_ops.select(expected, paged.rest, case.lengths, 64)
+        wanted = torch_ops.select(expected, paged.rest, case.lengths, TopK.always(64))
         assert (positions == wanted).float().mean() > 0.99  # two exponentials order near equals differently
     else:
-        assert_selected(positions, expected, paged.rest, case.lengths, 64)
+        assert_selected(positions, expected, paged.rest, case.lengths, TopK.always(64))
     stored = [torch.cat([k, v], dim=-1) for k, v in zip(case.keys, case.values, strict=True)]
     longest = max(case.lengths)
     stored = [torch.nn.functional.pad(rows, (0, 0, 0, longest - rows.shape[1])) for rows in stored]  # with equal strides

@@ -72,14 +72,15 @@ def check(cache: specache.SpeCache, footprint: CacheFootprint, moment: Callable[
         st.tuples(st.integers(1, 150), st.just(0)), st.tuples(st.integers(RESIDUAL + GROUP, 150), st.integers(2, 20))
     ),
     hot_set=st.sampled_from([0.0, 0.3, 20_000]),
+    long=st.sampled_from([{}, {"long_top_k": 24, "long_from": 64}, {"long_top_k": 40, "long_from": 128}]),
 )
-@example(name="gemma3", case=("disk", Policy.VERIFIED, Code.ROTATED, 2), prompt_and_new=(150, 20), hot_set=0.3)
-@example(name="llama", case=("ram", Policy.PREVIOUS, Code.KIVI, 1), prompt_and_new=(7, 0), hot_set=0.0)
-@example(name="gemma3", case=("ram-inplace", Policy.FULL, Code.KIVI, 4), prompt_and_new=(90, 20), hot_set=0.0)
-def test_planned_claimed_and_measured_bytes_are_equal(models, tmp_path_factory, name, case, prompt_and_new, hot_set):
+@example(name="gemma3", case=("disk", Policy.VERIFIED, Code.ROTATED, 2), prompt_and_new=(150, 20), hot_set=0.3, long={})
+@example(name="llama", case=("ram", Policy.PREVIOUS, Code.KIVI, 1), prompt_and_new=(7, 0), hot_set=0.0, long={})
+@example(name="gemma3", case=("ram-inplace", Policy.FULL, Code.KIVI, 4), prompt_and_new=(90, 20), hot_set=0.0, long={})
+def test_planned_claimed_and_measured_bytes_are_equal(models, tmp_path_factory, name, case, prompt_and_new, hot_set, long):
     (tier, policy, code, bits), (length, new) = case, prompt_and_new
     config = specache.SpeCacheConfig(
-        **{"group_size": GROUP, "residual": RESIDUAL, "top_k": 8, "prefill_chunk": 1024, "hot_set": hot_set},
+        **{"group_size": GROUP, "residual": RESIDUAL, "top_k": 8, "prefill_chunk": 1024, "hot_set": hot_set, **long},
         **{"slow_tier": f"disk:{tmp_path_factory.mktemp('rows')}" if tier == "disk" else tier, "policy": policy},
         **{"code": code, "bits": bits},
     )
@@ -89,9 +90,26 @@ def test_planned_claimed_and_measured_bytes_are_equal(models, tmp_path_factory, 
             specache.generate(models[name], prompt(length), past_key_values=cache, max_new_tokens=new, do_sample=False)
         else:
             specache.prefill(models[name], prompt(length), cache=cache)
-        pairs = min(cache.config.top_k, cache.config.low_bit_length(sequence.total))
+        # the last step's token selected before it was stored, unless it selected for a next one
+        behind = 0 if cache.config.policy.prefetches or not new else 1
+        pairs = cache.config.selection.of(cache.config.low_bit_length(sequence.total - behind))
         footprint = CacheFootprint(cache.resources.dimensions, cache.config, 1, pairs)
         check(cache, footprint, lambda one: one.last_step(sequence) if new else one.prefilled(sequence))
+
+
+@pytest.mark.parametrize("tier", ["ram", "disk"])
+@pytest.mark.parametrize("policy", [policy for policy in Policy if policy.fetches])
+def test_a_sequence_that_becomes_long_stays_within_its_plan(models, tmp_path, tier, policy):
+    """Its hot set and its buffers grow in the middle of the answer, with nothing to spare."""
+    tier = f"disk:{tmp_path}" if tier == "disk" else tier
+    shared = {"group_size": GROUP, "residual": RESIDUAL, "top_k": 4, "long_top_k": 48, "long_from": 96, "hot_set": 0.0}
+    config = specache.SpeCacheConfig(**shared, slow_tier=tier, policy=policy)
+    with specache.SpeCache(models["llama"], config) as cache:
+        dimensions, resolved = cache.resources.dimensions, cache.config
+    needed = plan(dimensions, resolved, [PlannedSequence(110, 40)]).fast
+    with specache.SpeCache(models["llama"], config.with_changes(fast_memory=needed)) as cache:
+        specache.generate(models["llama"], prompt(110), past_key_values=cache, max_new_tokens=40, do_sample=False)
+        assert cache.resources.budget.peak <= needed
 
 
 def test_a_decode_step_computes_no_plan(models, monkeypatch):

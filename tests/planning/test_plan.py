@@ -170,6 +170,15 @@ def test_the_most_pairs_that_fit_are_suggested(llama_3b):
         assert [changes["top_k"] for changes in found if [*changes] == ["top_k"]] == expected
 
 
+@pytest.mark.parametrize("changes", [{}, {"top_k": 512}, {"top_k": 128, "long_top_k": 512}])
+def test_fewer_pairs_are_suggested_for_long_sequences_too(llama_3b, changes):
+    config, sequences = resolved(slow_tier="ram", hot_set=0.0, **changes), uniform_batch(32_768, 4)
+    limit = plan(llama_3b, resolved(slow_tier="ram", hot_set=0.0, top_k=64), sequences).fast
+    assert plan(llama_3b, config, sequences).fast > limit
+    [one] = [one.changes for one in advice.suggestions(llama_3b, config, sequences, limit) if "top_k" in one.changes]
+    assert plan(llama_3b, config.with_changes(**one), sequences).fast == limit
+
+
 @pytest.mark.parametrize("changes", [{}, {"residual": 100}, {"top_k": 100}])
 def test_fewer_bits_are_planned_with_their_own_defaults(llama_3b, changes):
     """1 bit keeps and fetches more pairs at 16 bits where nothing else is asked for."""
@@ -216,7 +225,7 @@ def test_step_traffic_matches_the_plan_and_the_policy(llama_3b):
     planned = plan(llama_3b, resolved(), uniform_batch(131_072, 2))
     assert traffic.scan == planned.decode.low_bit
     assert traffic.weights == llama_3b.read_bytes
-    assert traffic.rows == 2 * 28 * 128 * 8 * 2 * 128 * 2 and traffic.assumed_misses == 1.0  # in place: every wanted row
+    assert traffic.rows == 2 * 28 * 256 * 8 * 2 * 128 * 2 and traffic.assumed_misses == 1.0  # in place: every wanted row
     fetched = step_traffic(llama_3b, resolved(slow_tier="ram"), 131_072, 2)
     assert 0 < fetched.rows < traffic.rows / 4
     full = step_traffic(llama_3b, resolved(policy="full"), 131_072, 2)

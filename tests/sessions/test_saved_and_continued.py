@@ -355,7 +355,9 @@ def test_a_session_keeps_its_own_settings_where_the_caller_leaves_them_open(tmp_
             assert (session.cache.config.residual, session.cache.config.top_k) == (64, 64)
             assert session.saved_tokens == 300
     with specache.Session("old", model, specache.SpeCacheConfig(top_k=9), folder=tmp_path) as session:
-        assert (session.cache.config.residual, session.cache.config.top_k) == (64, 9)
+        assert (session.cache.config.residual, session.cache.config.top_k, session.cache.config.long_top_k) == (64, 9, 9)
+    with specache.Session("old", model, specache.SpeCacheConfig(long_top_k=300), folder=tmp_path) as session:
+        assert (session.cache.config.top_k, session.cache.config.long_top_k) == (64, 300)
     with pytest.raises(specache.SessionError, match="made with residual 64 and is opened with residual 128"):
         specache.Session("old", model, specache.SpeCacheConfig(residual=128), folder=tmp_path)
 

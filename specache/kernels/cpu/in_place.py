@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from specache.config import TopK
 from specache.kernels.cpu.native_layout import layout, page_addresses, scale_address
 from specache.kernels.finite import not_finite
 from specache.kernels.types import AttentionParams, FetchCounts, FetchedRows, FetchedStep, StoredLayer, StoredRows
@@ -59,7 +60,7 @@ def decode(
     values: Tensor,
     layers: Sequence[StoredLayer],
     commits: bool,
-    top_k: int,
+    top_k: TopK,
     params: AttentionParams,
 ) -> Tensor:
     """Run a step as `specache.kernels.dispatch.decode_in_place` documents."""
@@ -82,7 +83,7 @@ def decode_fetched(
     layers: Sequence[StoredLayer],
     fetched: Sequence[FetchedRows],
     commits: bool,
-    top_k: int,
+    top_k: TopK,
     params: AttentionParams,
     real_queries: int,
     selects_next: bool,
@@ -101,7 +102,7 @@ def decode_fetched(
     ]
     following = None
     if selects_next:
-        k = min(top_k, max(layer.table.length + rows.pending for layer, rows in zip(layers, fetched, strict=True)))
+        k = top_k.of(max(layer.table.length + rows.pending for layer, rows in zip(layers, fetched, strict=True)))
         following = torch.empty(len(layers), arguments.shape[0], k, dtype=torch.int64)
     hot = [rows.hot.native for rows in fetched]
     found, numbers = native.decode_fetched(
@@ -147,7 +148,7 @@ class Arguments:
         values: Tensor,
         layers: Sequence[StoredLayer],
         commits: bool,
-        top_k: int,
+        top_k: TopK,
         params: AttentionParams,
     ) -> None:
         strides = query.stride() + keys.stride() + values.stride()

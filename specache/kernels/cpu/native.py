@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specache.config import Code
+from specache.config import Code, TopK
 from specache.errors import NonFiniteError
 from specache.kernels.cpu import in_place
 from specache.kernels.cpu.native_layout import CODES, layout, layout_of, page_addresses, scale_address
@@ -68,7 +68,7 @@ class NativeKernels:
         query: Tensor,
         low_bit_kvs: Sequence[LowBitKV],
         recent: Sequence[RecentTokens],
-        top_k: int,
+        top_k: TopK,
         params: AttentionParams,
     ) -> NativeLayerStep:
         """Begin a decode step's attention in one layer (`LayerStep`).
@@ -87,7 +87,7 @@ class NativeKernels:
         values: Tensor,
         layers: Sequence[StoredLayer],
         commits: bool,
-        top_k: int,
+        top_k: TopK,
         params: AttentionParams,
     ) -> Tensor:
         return in_place.decode(self, query, keys, values, layers, commits, top_k, params)
@@ -100,7 +100,7 @@ class NativeKernels:
         layers: Sequence[StoredLayer],
         fetched: Sequence[FetchedRows],
         commits: bool,
-        top_k: int,
+        top_k: TopK,
         params: AttentionParams,
         real_queries: int,
         selects_next: bool,
@@ -119,14 +119,14 @@ class NativeLayerStep:
         query: Tensor,
         low_bit_kvs: Sequence[LowBitKV],
         recent: Sequence[RecentTokens],
-        top_k: int,
+        top_k: TopK,
         params: AttentionParams,
     ) -> None:
         query = query.float().contiguous()
         sinks = params.sinks if params.sinks is None else params.sinks.float().contiguous()
         self._held = query, low_bit_kvs, recent, sinks  # the C++ object points into them
         heads, longest = low_bit_kvs[0].num_kv_heads, max(low_bit_kv.length for low_bit_kv in low_bit_kvs)
-        self._shape = (len(low_bit_kvs), heads, query.shape[2], min(top_k, longest))
+        self._shape = (len(low_bit_kvs), heads, query.shape[2], top_k.of(longest))
         self._step = _native.LayerStep(
             isa,
             step_threads(),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from specache.config import TopK
 from specache.kernels.torch import operations
 from specache.kernels.torch.exact import add_sinks, scores, softmax_sum
 from specache.kernels.types import AttentionParams, LowBitKV, RecentTokens
@@ -18,7 +19,7 @@ class TorchLayerStep:
     Args:
         query: [B, Hq, n, D].
         recent: the newest tokens, per sequence.
-        top_k: pairs that a query selects per KV head.
+        top_k: how many pairs a query selects per KV head.
     """
 
     def __init__(
@@ -26,7 +27,7 @@ class TorchLayerStep:
         query: Tensor,
         low_bit_kvs: Sequence[LowBitKV],
         recent: Sequence[RecentTokens],
-        top_k: int,
+        top_k: TopK,
         params: AttentionParams,
     ) -> None:
         self._query, self._low_bit_kvs, self._top_k, self._params = query, low_bit_kvs, top_k, params

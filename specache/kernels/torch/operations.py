@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specache.config import Code
+from specache.config import Code, TopK
 from specache.kernels.blocks import blocks, pieces
 from specache.kernels.torch import kivi as torch_kivi
 from specache.kernels.torch import rotated as torch_rotated
@@ -71,13 +71,16 @@ def exact_scores(query: Tensor, scores: Tensor, kv_rows: Tensor, scaling: float,
     return exact if softcap is None else (exact / softcap).tanh_() * softcap
 
 
-def select(scores: Tensor, rest_lse: Tensor, lengths: Sequence[int], k: int) -> Tensor:
+def select(scores: Tensor, rest_lse: Tensor, lengths: Sequence[int], top_k: TopK) -> Tensor:
     """Select the `k` largest probabilities per KV head and query, averaged over G heads.
 
     Linear in `S`: all values above the k-th largest, then its equals from the lowest position up.
+
+    Returns:
+        int64 [B, Hkv, n, k of the longest sequence], ascending, then -1.
     """
     batch, heads, _, n, size = scores.shape
-    k = min(k, size)
+    k = top_k.of(size)
     if k == 0:
         return torch.empty(batch, heads, n, 0, dtype=torch.long, device=scores.device)
     mean_prob = mean_probabilities(scores, rest_lse)  # [B, Hkv, n, S]
@@ -85,7 +88,14 @@ def select(scores: Tensor, rest_lse: Tensor, lengths: Sequence[int], k: int) -> 
         mean_prob[b, ..., length:] = -1.0
     positions = largest(mean_prob, k).nonzero()[:, -1].reshape(*mean_prob.shape[:3], k)
     limits = torch.tensor(lengths, device=positions.device).view(-1, 1, 1, 1)
-    return positions.where(positions < limits, -1)
+    positions = positions.where(positions < limits, -1)
+    for b, length in enumerate(lengths):
+        few = top_k.most(length)
+        if few < k:  # a shorter sequence selects fewer
+            positions[b, ..., :few] = largest(mean_prob[b], few).nonzero()[:, -1].reshape(*mean_prob.shape[1:3], few)
+            positions[b, ..., :few].masked_fill_(positions[b, ..., :few] >= length, -1)
+            positions[b, ..., few:] = -1
+    return positions
 
 
 def largest(mean_prob: Tensor, k: int) -> Tensor:

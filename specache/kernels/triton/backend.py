@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from specache.config import Code
+from specache.config import Code, TopK
 from specache.kernels.torch.rotated import rotation
 from specache.kernels.triton import attend, gather, score
 from specache.kernels.triton import launch_options as options
@@ -158,8 +158,8 @@ class TritonKernels:
         )
 
     @on_its_device
-    def select_pages(self, scores: PageScores, rest_lse: Tensor, lengths: Tensor, k: int) -> Tensor:
-        """Select the `k` largest probabilities -> positions int64 [B, Hkv, n, min(k, capacity)].
+    def select_pages(self, scores: PageScores, rest_lse: Tensor, lengths: Tensor, top_k: TopK) -> Tensor:
+        """Select the largest probabilities -> positions int64 [B, Hkv, n, k of `capacity` tokens].
 
         For float16 scores, probabilities are compared by their upper 16 bits.
 
@@ -167,7 +167,7 @@ class TritonKernels:
             rest_lse: [B, Hkv, G, n], log-sum-exp of the tokens outside the low-bit copy.
             lengths: int32 [B].
         """
-        return launch_select(scores, rest_lse, lengths, k, self.select_block)
+        return launch_select(scores, rest_lse, lengths, top_k, self.select_block)
 
     @on_its_device
     def attend_pages(

@@ -178,6 +178,8 @@ def digit_kernel(
     histogram,
     size,
     k,
+    short_k,
+    long_from,
     heads,
     NUMBER: tl.constexpr,  # bits
     DIGIT: tl.constexpr,  # to count
@@ -188,7 +190,7 @@ def digit_kernel(
     line = bh.to(tl.int64) * tl.num_programs(1) + row
     length = tl.load(lengths + bh // heads)
     of_line = histogram + line * (digits_of(NUMBER) * BINS)
-    prefix, _ = kth(of_line, tl.minimum(k, length), DIGIT, NUMBER)
+    prefix, _ = kth(of_line, pairs_of(length, k, short_k, long_from), DIGIT, NUMBER)
     at = block * BLOCK + tl.arange(0, BLOCK)
     bits = numbers(mean_prob + line * size, at, length)
     same = (at < length) & ((bits >> (NUMBER - DIGIT_BITS * DIGIT)) == prefix)
@@ -206,6 +208,8 @@ def count_kernel(
     equal,  # int32 [B, Hkv, n, blocks], out: its equals
     size,
     k,
+    short_k,
+    long_from,
     heads,
     NUMBER: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -214,7 +218,8 @@ def count_kernel(
     block, row, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     line = bh.to(tl.int64) * tl.num_programs(1) + row
     length = tl.load(lengths + bh // heads)
-    level, _ = kth(histogram + line * (digits_of(NUMBER) * BINS), tl.minimum(k, length), digits_of(NUMBER), NUMBER)
+    count = pairs_of(length, k, short_k, long_from)
+    level, _ = kth(histogram + line * (digits_of(NUMBER) * BINS), count, digits_of(NUMBER), NUMBER)
     at = block * BLOCK + tl.arange(0, BLOCK)
     bits = numbers(mean_prob + line * size, at, length)
     tl.store(above + line * tl.num_programs(0) + block, tl.sum(((bits > level) & (at < length)).to(tl.int32), 0))
@@ -231,6 +236,8 @@ def positions_kernel(
     positions,  # int64 [B, Hkv, n, k], out
     size,
     k,
+    short_k,
+    long_from,
     heads,
     NUMBER: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -241,7 +248,7 @@ def positions_kernel(
     blocks = tl.num_programs(0)
     line = bh.to(tl.int64) * tl.num_programs(1) + row
     length = tl.load(lengths + bh // heads)
-    count = tl.minimum(k, length)
+    count = pairs_of(length, k, short_k, long_from)
     level, room = kth(histogram + line * (digits_of(NUMBER) * BINS), count, digits_of(NUMBER), NUMBER)
     part = tl.arange(0, BLOCKS_P)
     above_before = tl.sum(tl.load(above + line * blocks + part, mask=part < block, other=0), 0)
@@ -258,6 +265,12 @@ def positions_kernel(
         for start in range(0, k, BLOCK):
             j = start + tl.arange(0, BLOCK)
             tl.store(positions + line * k + j, tl.full((BLOCK,), -1, tl.int64), mask=(j >= count) & (j < k))
+
+
+@triton.jit
+def pairs_of(length, k, short_k, long_from):
+    """Return the pairs that a query selects in a sequence of so many low-bit tokens."""
+    return tl.minimum(tl.where(length < long_from, short_k, k), length)
 
 
 @triton.constexpr_function

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specache.config import TopK
 from specache.kernels.triton import launch_options as options
 from specache.kernels.triton import select
 from specache.kernels.triton.launch_options import power_of_two
@@ -14,15 +15,16 @@ NUMBER, HALF_NUMBER = 31, 16  # bits of a probability that are compared
 DIGIT_BITS = 8
 
 
-def launch_select(scores: PageScores, rest_lse: Tensor, lengths: Tensor, k: int, block: int) -> Tensor:
-    """Select positions int64 [B, Hkv, n, min(k, S)] of the largest mean probabilities.
+def launch_select(scores: PageScores, rest_lse: Tensor, lengths: Tensor, top_k: TopK, block: int) -> Tensor:
+    """Select positions int64 [B, Hkv, n, k of S tokens] of the largest mean probabilities.
 
     Args:
         lengths: int32 [B].
         block: scores per program.
     """
     batch, heads, groups, n, size = scores.values.shape
-    k, device = min(k, size), scores.values.device
+    k, device = top_k.of(size), scores.values.device
+    counted = k, min(top_k.short, size), top_k.long_from
     positions = torch.empty(batch, heads, n, k, dtype=torch.int64, device=device)
     if not positions.numel():
         return positions
@@ -55,10 +57,20 @@ def launch_select(scores: PageScores, rest_lse: Tensor, lengths: Tensor, k: int,
             **settings,
         )
     for digit in range(1, digits):
-        select.digit_kernel[grid](mean_prob, lengths, histogram, size, k, heads, NUMBER=number, DIGIT=digit, **settings)
-    select.count_kernel[grid](mean_prob, lengths, histogram, *counts, size, k, heads, NUMBER=number, **settings)
+        select.digit_kernel[grid](mean_prob, lengths, histogram, size, *counted, heads, NUMBER=number, DIGIT=digit, **settings)
+    select.count_kernel[grid](mean_prob, lengths, histogram, *counts, size, *counted, heads, NUMBER=number, **settings)
     select.positions_kernel[grid](
-        mean_prob, lengths, histogram, *counts, positions, size, k, heads, NUMBER=number, BLOCKS_P=power_of_two(blocks), **settings
+        mean_prob,
+        lengths,
+        histogram,
+        *counts,
+        positions,
+        size,
+        *counted,
+        heads,
+        NUMBER=number,
+        BLOCKS_P=power_of_two(blocks),
+        **settings,
     )
     return positions
 

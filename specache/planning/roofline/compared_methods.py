@@ -69,7 +69,8 @@ def methods(config: SpeCacheConfig) -> list[Method]:
     paper_pairs = PAPER_PAIRS if "top_k" in config.left_open else config.top_k
     config = replace(config, fast_memory=None)
     kivi = replace(config, code=Code.KIVI, policy=Policy.NONE, residual=KIVI_RESIDUAL, hot_set=0.0)
-    paper = replace(config, code=Code.KIVI, policy=Policy.SPECULATIVE, residual=PAPER_RESIDUAL, top_k=paper_pairs, hot_set=0.0)
+    paper = replace(config, code=Code.KIVI, policy=Policy.SPECULATIVE, residual=PAPER_RESIDUAL, hot_set=0.0)
+    paper = replace(paper, top_k=paper_pairs, long_top_k=paper_pairs)
     found = [Method("full", "16-bit cache", replace(config, policy=Policy.FULL), False)]
     found += [Method(f"kivi-{bits}", f"KIVI, {bits}-bit", replace(kivi, bits=bits), False) for bits in BITS]
     found += [Method(f"paper-{bits}", f"SpeCache (paper), {bits}-bit", replace(paper, bits=bits), True) for bits in BITS]

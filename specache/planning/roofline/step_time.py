@@ -136,7 +136,7 @@ class Roofline:
             scores = scores * layer.query_heads + counts.mass_passes * selecting * layer.kv_heads
             size += batch * low_bit * scores * counts.score_bytes
             if config.policy.fetches:
-                size += batch * method.rows * min(config.top_k, low_bit) * layer.row_bytes(self.model.itemsize)
+                size += batch * method.rows * config.selection.of(low_bit) * layer.row_bytes(self.model.itemsize)
         return size
 
     def _fetch(self, method: Method, traffic: StepTraffic) -> tuple[float, float]:

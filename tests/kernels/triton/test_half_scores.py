@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specache.config import Code
+from specache.config import Code, TopK
 from specache.device import batch
 from specache.device.page_kernels import TorchPages
 from specache.kernels import dispatch
@@ -22,6 +22,7 @@ from tests.device.static_running import static_steps
 from tests.kernels.paged import OUT_ERROR, PagedCase, absolute_scores, assert_near, assert_rounded, assert_selected
 from tests.kernels.test_native import Case
 from tests.kernels.triton.test_interpreted import cases
+from tests.pairs import top_ks
 from tests.tiny import llama, prompt
 
 KERNELS = TritonKernels(split=64, select_block=128)
@@ -29,28 +30,28 @@ DTYPES = st.sampled_from([torch.bfloat16, torch.float16])
 
 
 @settings(max_examples=6, deadline=None)
-@given(case=cases(), dtype=DTYPES, softcap=st.sampled_from([None, 5.0]), k=st.integers(1, 40))
-def test_float16_scores_and_selections_are_near_float32s(case, dtype, softcap, k):
+@given(case=cases(), dtype=DTYPES, softcap=st.sampled_from([None, 5.0]), top_k=top_ks(most=40))
+def test_float16_scores_and_selections_are_near_float32s(case, dtype, softcap, top_k):
     paged = PagedCase(case, dtype)
     scores, expected = paged.score(KERNELS, softcap), paged.torch_scores(softcap)
     assert_rounded(scores, paged.tables.lengths, expected)
-    assert_selected(KERNELS.select_pages(scores, case.rest, paged.tables.lengths, k), expected, case.rest, case.lengths, k)
+    assert_selected(KERNELS.select_pages(scores, case.rest, paged.tables.lengths, top_k), expected, case.rest, case.lengths, top_k)
 
 
 @settings(max_examples=6, deadline=None)
-@given(case=cases(), dtype=DTYPES, k=st.integers(1, 40))
-def test_fetched_pairs_stay_exact_and_the_rest_is_near(case, dtype, k):
+@given(case=cases(), dtype=DTYPES, top_k=top_ks(most=40))
+def test_fetched_pairs_stay_exact_and_the_rest_is_near(case, dtype, top_k):
     paged = PagedCase(case, dtype)
     scores, expected = paged.score(KERNELS, None), paged.torch_scores(None)
-    positions = paged.positions(expected, k)
-    rows = paged.kv_rows(positions, k)
+    positions = paged.positions(expected, top_k.short)
+    rows = paged.kv_rows(positions, top_k.short)
     torch_ops.rescore(paged.query, expected, positions, rows, 0.2, None)
     KERNELS.rescore_pages(paged.query, scores, positions, rows, 0.2, None)
     exact = torch_ops.exact_scores(paged.query, expected, rows, 0.2, None)
     real = (positions >= 0).unsqueeze(2).expand_as(exact)
     torch.testing.assert_close(scores.exact[real], exact[real], atol=1e-5, rtol=1e-5)
     # a policy that uses what it prefetched selects among the exact scores
-    assert_selected(KERNELS.select_pages(scores, case.rest, paged.tables.lengths, k), expected, case.rest, case.lengths, k)
+    assert_selected(KERNELS.select_pages(scores, case.rest, paged.tables.lengths, top_k), expected, case.rest, case.lengths, top_k)
     out, lse = paged.attend(KERNELS, scores, positions, rows)
     expected_out, expected_lse = paged.torch_attend(expected, positions, rows)
     assert_near(lse, expected_lse, 1e-3)
@@ -60,7 +61,8 @@ def test_fetched_pairs_stay_exact_and_the_rest_is_near(case, dtype, k):
 def test_fetched_rows_of_all_queries_may_share_memory():
     """Prefetched rows are the same for every query of a step: they are expanded, not copied."""
     paged = PagedCase(Case(Code.KIVI, 2, 32, 64, 2, 2, 2, [3, 2], 1, torch.bfloat16), torch.bfloat16)
-    positions = torch_ops.select(paged.torch_scores(None), paged.rest, paged.lengths, 5)[:, :, :1].expand(-1, -1, 2, -1)
+    selected = torch_ops.select(paged.torch_scores(None), paged.rest, paged.lengths, TopK.always(5))
+    positions = selected[:, :, :1].expand(-1, -1, 2, -1)
     expanded = torch.randn(2, 2, 1, 5, 128).bfloat16().expand(-1, -1, 2, -1, -1)
     found = []
     for rows in (expanded, expanded.contiguous()):
@@ -76,15 +78,15 @@ def test_fetched_rows_of_all_queries_may_share_memory():
     lengths=st.lists(st.integers(0, 256), min_size=1, max_size=2).filter(any),
     groups=st.integers(1, 4),
     rows=st.integers(1, 2),
-    k=st.integers(1, 70),
+    top_k=top_ks(),
     levels=st.sampled_from([1, 2, 4]),
     group=st.sampled_from([16, 32, 64]),
 )
-def test_the_lower_of_equal_positions_wins(lengths, groups, rows, k, levels, group):
+def test_the_lower_of_equal_positions_wins(lengths, groups, rows, top_k, levels, group):
     """Scores that all query heads share and float16 holds exactly: their means are equal or far
     apart.
     """
-    generator = torch.Generator().manual_seed(k)
+    generator = torch.Generator().manual_seed(top_k.short)
     shape = (len(lengths), 1, groups, rows, 256)
     absolute = torch.randint(0, levels, (len(lengths), 1, 1, rows, 256), generator=generator).expand(shape) * (8 / levels)
     rest = torch.randn(shape[:-1], generator=generator)
@@ -94,8 +96,8 @@ def test_the_lower_of_equal_positions_wins(lengths, groups, rows, k, levels, gro
     peaks = grouped.amax(-1).clamp(min=-1e30)
     relative = grouped - peaks.unsqueeze(-1)
     scores = PageScores(relative.flatten(-2).half(), peaks, relative.exp().sum(-1))
-    found = KERNELS.select_pages(scores, rest, torch.tensor(lengths, dtype=torch.int32), k)
-    assert torch.equal(found, torch_ops.select(absolute, rest, lengths, k))
+    found = KERNELS.select_pages(scores, rest, torch.tensor(lengths, dtype=torch.int32), top_k)
+    assert torch.equal(found, torch_ops.select(absolute, rest, lengths, top_k))
 
 
 def test_a_score_that_is_not_a_number_stays_in_range():
@@ -103,7 +105,7 @@ def test_a_score_that_is_not_a_number_stays_in_range():
     values[:, :, 0] = float("nan")
     parts = torch.zeros(2, 1, 2, 2, 2, 4)
     lengths = torch.tensor([90], dtype=torch.int32)
-    positions = KERNELS.select_pages(PageScores(values, *parts), torch.zeros(1, 2, 2, 2), lengths, 16)
+    positions = KERNELS.select_pages(PageScores(values, *parts), torch.zeros(1, 2, 2, 2), lengths, TopK.always(16))
     assert ((positions >= 0) & (positions < 90)).all()
 
 
@@ -117,8 +119,8 @@ def test_a_long_line_of_scores_is_read_to_its_end(blocks):
     relative = relative - peaks.unsqueeze(-1)
     scores = PageScores(relative.flatten(-2).half(), peaks, relative.exp().sum(-1))
     rest = torch.zeros(1, 1, 2, 1)
-    positions = TritonKernels().select_pages(scores, rest, torch.tensor([size], dtype=torch.int32), 64)
-    assert_selected(positions, absolute, rest, [size], 64)
+    positions = TritonKernels().select_pages(scores, rest, torch.tensor([size], dtype=torch.int32), TopK.always(64))
+    assert_selected(positions, absolute, rest, [size], TopK.always(64))
     assert positions[..., -1] == size - 1
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specache.config import Code
+from specache.config import Code, TopK
 from specache.kernels.torch import operations as torch_ops
 from specache.kernels.triton.backend import TritonKernels
 from specache.kernels.triton.tables import PageScores, PageTables
@@ -18,6 +18,7 @@ from specache.low_bit.pool import PagePool, PageTable
 from specache.platform.budget import ByteBudget
 from tests.kernels.paged import PagedCase, assert_near, assert_selected
 from tests.kernels.test_native import Case
+from tests.pairs import top_ks
 
 # Small splits and blocks, so that short sequences take several.
 KERNELS = TritonKernels(split=64, select_block=128)
@@ -88,13 +89,13 @@ def test_attend_without_fetched_pairs_or_without_tokens_equals_pytorchs():
     lengths=st.lists(st.integers(0, 300), min_size=1, max_size=2).filter(any),
     groups=st.integers(1, 4),
     rows=st.integers(1, 2),
-    k=st.integers(1, 70),
+    top_k=top_ks(),
     levels=st.sampled_from([1, 2, 5, 10**6]),
     unseen=st.booleans(),
 )
-def test_select_equals_pytorchs(lengths, groups, rows, k, levels, unseen):
+def test_select_equals_pytorchs(lengths, groups, rows, top_k, levels, unseen):
     """Also among equal scores: the lower position wins."""
-    generator = torch.Generator().manual_seed(k)
+    generator = torch.Generator().manual_seed(top_k.short)
     shape = (len(lengths), 1, groups, rows, max(lengths))
     scores = torch.randint(0, levels, shape, generator=generator).float() * (8 / levels)
     rest = torch.randn(shape[:-1], generator=generator)
@@ -102,20 +103,20 @@ def test_select_equals_pytorchs(lengths, groups, rows, k, levels, unseen):
         scores[..., ::3] = -torch.inf
     for b, length in enumerate(lengths):
         scores[b, ..., length:] = -torch.inf
-    expected = torch_ops.select(scores, rest, lengths, k)
-    found = KERNELS.select_pages(PageScores(scores), rest, torch.tensor(lengths, dtype=torch.int32), k)
+    expected = torch_ops.select(scores, rest, lengths, top_k)
+    found = KERNELS.select_pages(PageScores(scores), rest, torch.tensor(lengths, dtype=torch.int32), top_k)
     if levels < 10:
         assert torch.equal(found, expected)
         return
-    assert_selected(found, scores, rest, lengths, k, rtol=1e-5, atol=0)  # two exponentials order near equals differently
+    assert_selected(found, scores, rest, lengths, top_k, rtol=1e-5, atol=0)  # two exponentials order near equals differently
 
 
 def test_select_reads_a_long_line_of_scores_to_its_end():
     scores = torch.randn(1, 1, 2, 1, 10_001, generator=torch.Generator().manual_seed(0))
     scores[..., 10_000] = 9.0
     rest = torch.zeros(1, 1, 2, 1)
-    positions = TritonKernels().select_pages(PageScores(scores), rest, torch.tensor([10_001], dtype=torch.int32), 64)
-    assert torch.equal(positions, torch_ops.select(scores, rest, [10_001], 64))
+    positions = TritonKernels().select_pages(PageScores(scores), rest, torch.tensor([10_001], dtype=torch.int32), TopK.always(64))
+    assert torch.equal(positions, torch_ops.select(scores, rest, [10_001], TopK.always(64)))
     assert positions[..., -1] == 10_000
 
 
@@ -123,7 +124,7 @@ def test_a_score_that_is_not_a_number_stays_in_range():
     scores = torch.randn(1, 2, 2, 2, 100)
     scores[:, :, 0] = float("nan")
     lengths = torch.tensor([90], dtype=torch.int32)
-    positions = KERNELS.select_pages(PageScores(scores), torch.zeros(1, 2, 2, 2), lengths, 16)
+    positions = KERNELS.select_pages(PageScores(scores), torch.zeros(1, 2, 2, 2), lengths, TopK.always(16))
     assert ((positions >= 0) & (positions < 90)).all()
 
 
