@@ -56,7 +56,9 @@ def labels(text: str) -> list[str]:
 def test_labels_name_what_differs_from_the_defaults():
     assert labels("full, specache ,kivi") == ["full", "specache", "kivi"]
     assert labels("specache:policy=speculative:bits=1") == ["specache bits=1 policy=speculative"]
-    assert labels("specache:bits=1:top_k=256:residual=256") == ["specache bits=1"]  # those of 1 bit
+    assert labels("specache:bits=1:top_k=256:long_top_k=512:residual=256") == ["specache bits=1"]  # those of 1 bit
+    assert labels("specache:top_k=64:long_top_k=64") == labels("specache:top_k=64") == ["specache top_k=64"]
+    assert labels("specache:top_k=128") == ["specache long_top_k=128"]  # a long sequence selects 256 by default
     assert labels("specache:bits=1:top_k=128") == ["specache bits=1 top_k=128"]
     assert labels("kivi:bits=1:residual=128,kivi:residual=64") == ["kivi bits=1", "kivi residual=64"]
 

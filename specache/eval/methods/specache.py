@@ -61,7 +61,9 @@ class SpeCacheMethod(Method):
         return self.config.resolved("cpu").to_dict()
 
     def defaults(self) -> dict[str, Any]:
-        return super().defaults() | DEFAULTS_OF_BITS[self.config.bits]
+        of_bits, pairs = DEFAULTS_OF_BITS[self.config.bits], self.config.top_k
+        long = of_bits["long_top_k"] if pairs == of_bits["top_k"] else pairs  # a given `top_k` holds at every length
+        return super().defaults() | of_bits | {"long_top_k": long}
 
     def start(self, prompt: Prefilled) -> SpeCacheSession:
         return SpeCacheSession(prompt, self.config)
