@@ -12,6 +12,7 @@ import pytest
 from specache.cli import console
 from specache.errors import EvaluationError
 from specache.eval import catalogue
+from specache.eval.tasks import ablate
 from tests.cli.running import one_line, run
 from tests.eval import fake_tasks
 from tests.eval.fake_tasks import calls
@@ -195,7 +196,7 @@ def test_ablate_sweeps_a_field_and_plots_it(tiny, tmp_path):
     arguments = ("--field", "k", "--values", "0,4,64,128", "--methods", "specache,specache:bits=1,kivi", *SMALL)
     document = json.loads(evaluate("ablate", *tiny, *arguments, "--json", "-").stdout)
     assert [row["method"] for row in document["rows"]] == [
-        *("specache policy=none", "specache top_k=4", "specache top_k=64", "specache"),
+        *("specache policy=none", "specache top_k=4", "specache top_k=64", "specache long_top_k=128"),
         *(
             "specache bits=1 policy=none",
             "specache bits=1 top_k=4",
@@ -205,9 +206,15 @@ def test_ablate_sweeps_a_field_and_plots_it(tiny, tmp_path):
         ),
     ]
     means = {row["method"]: row["mean"] for row in document["rows"]}
-    assert means["specache"] < means["specache policy=none"]
+    assert means["specache long_top_k=128"] < means["specache policy=none"]
     assert document["run"]["settings"]["field"] == "top_k" and document["run"]["settings"]["task"] == "divergence"
     assert (tmp_path / "out" / "ablation.png").is_file()
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    curves, lines = ablate._curves(rows, "top_k")
+    assert {label: sorted(curve) for label, curve in curves.items()} == dict.fromkeys(
+        ["specache", "specache bits=1"], [0, 4, 64, 128]
+    )
+    assert {row["method"] for row in lines} == {"kivi"}
     evaluate("report", tmp_path / "out")
 
 

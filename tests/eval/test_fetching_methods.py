@@ -270,7 +270,7 @@ def share_of_cache(named: NamedMethod, length: int, new: int) -> float:
     if named.name in ("specache", "kivi"):
         config = method.config if named.name == "specache" else SpeCacheConfig(policy=Policy.NONE, **method.settings())
         pages = low_bit_pages(config, length + new)
-        fast = compressed_bytes(config, heads, dim, 2, pages=pages, observed=0, slots=0)
+        fast = compressed_bytes(config, heads, dim, 2, pages=pages, observed=0, slots=0, pairs=0)
         hot = config.hot_set * length * row if config.policy is not Policy.NONE else 0
         return (fast.low_bit + fast.residual + fast.key_weights + hot) / ((length + new) * row)
     keys = torch.randn(heads, length, dim)

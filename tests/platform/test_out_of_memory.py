@@ -9,7 +9,6 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -246,7 +245,7 @@ def on_a_gpu(config: SpeCacheConfig, planned: MemoryPlan) -> int:
 )
 def test_only_what_is_smaller_is_advised(model, changes, needs, names):
     with specache.SpeCache(model, settings(**{**changes, "slow_tier": "ram"})) as cache:
-        config = replace(cache.config, slow_tier=changes.get("slow_tier", "ram"))
+        config = cache.config.with_changes(slow_tier=changes.get("slow_tier", "ram"))
         now = needs(config, plan(cache.resources.dimensions, config, LONG))
         found = smaller(cache.resources.dimensions, config, LONG, needs)
     assert [" and ".join(suggestion.changes) for suggestion in found] == names

@@ -161,8 +161,8 @@ def _curves(rows: list[Row], field: str) -> tuple[dict[str, _Curve], list[Row]]:
         elif field == "top_k" and config.get("policy") == "none":
             zeros.append(row)
         else:
-            key = _rest(row, {field})
-            label = " ".join(part for part in row["method"].split() if not part.startswith(f"{field}="))
+            key = _rest(row, _swept(field))
+            label = " ".join(part for part in row["method"].split() if part.partition("=")[0] not in _swept(field))
             curves.setdefault(key, (label, {}))[1][_plain(config[field])] = row
     for zero in zeros:  # `top_k` 0 starts every curve over the same low-bit copy
         beginnings = [curve for _, curve in curves.values() if _same_copy(zero, next(iter(curve.values())), field)]
@@ -174,7 +174,12 @@ def _curves(rows: list[Row], field: str) -> tuple[dict[str, _Curve], list[Row]]:
 
 
 def _same_copy(zero: Row, row: Row, field: str) -> bool:
-    return _rest(zero, {field, "policy"}) == _rest(row, {field, "policy"})
+    return _rest(zero, {*_swept(field), "policy"}) == _rest(row, {*_swept(field), "policy"})
+
+
+def _swept(field: str) -> set[str]:
+    """Return the settings that a swept field changes."""
+    return {field, "long_top_k"} if field == "top_k" else {field}
 
 
 def _rest(row: Row, without: set[str]) -> str:
