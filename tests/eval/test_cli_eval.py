@@ -211,9 +211,8 @@ def test_ablate_sweeps_a_field_and_plots_it(tiny, tmp_path):
     assert (tmp_path / "out" / "ablation.png").is_file()
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
     curves, lines = ablate._curves(rows, "top_k")
-    assert {label: sorted(curve) for label, curve in curves.items()} == dict.fromkeys(
-        ["specache", "specache bits=1"], [0, 4, 64, 128]
-    )
+    assert list(curves) == ["specache", "specache bits=1"]
+    assert all(sorted(curve) == [0, 4, 64, 128] for curve in curves.values())
     assert {row["method"] for row in lines} == {"kivi"}
     evaluate("report", tmp_path / "out")
 
