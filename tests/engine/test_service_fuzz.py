@@ -54,15 +54,19 @@ REQUESTS = st.builds(
 )
 
 
+LONG: dict[bool, dict[str, Any]] = {False: {}, True: {"long_top_k": 48, "long_from": 96}}  # some prompts become long ones
+
+
 @cache
 def model() -> Any:
     return llama()
 
 
 @cache
-def answer(asked: Asked) -> list[int]:
+def answer(asked: Asked, long: bool) -> list[int]:
     """The request's tokens alone, with a fresh prefill."""
-    return alone(model(), asked.ids, serving.settings(top_k=asked.pairs or 24), max_new_tokens=asked.new)[0]
+    pairs = LONG[long] if asked.pairs is None else {"top_k": asked.pairs}
+    return alone(model(), asked.ids, serving.settings(**pairs), max_new_tokens=asked.new)[0]
 
 
 def submitted(service: Any, asked: Asked) -> Client:
@@ -81,14 +85,16 @@ def fitting_with_its_prefix() -> list[tuple[Asked, float]]:
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-@example(requests=fitting_with_its_prefix(), room=1.0, keeps=True)
+@example(requests=fitting_with_its_prefix(), room=1.0, keeps=True, long=False)
 @given(
     requests=st.lists(st.tuples(REQUESTS, st.sampled_from([0.0, 0.0, 0.005, 0.03])), min_size=1, max_size=9),
     room=st.sampled_from([None, 1.0, 1.3, 3.0]),
     keeps=st.booleans(),
+    long=st.booleans(),
 )
-def test_every_request_is_answered_as_if_alone_whatever_else_happens(requests, room, keeps):
-    config = serving.settings(fast_memory=None if room is None else int(room * 330_000))
+def test_every_request_is_answered_as_if_alone_whatever_else_happens(requests, room, keeps, long):
+    least = 430_000 if long else 330_000
+    config = serving.settings(fast_memory=None if room is None else int(room * least), **LONG[long])
     store = PrefixStore(model(), config) if keeps else None
     with service_of(model(), config, prefixes=store) as service:
         clients = []
@@ -98,7 +104,7 @@ def test_every_request_is_answered_as_if_alone_whatever_else_happens(requests, r
         for asked, client in clients:
             reasons = client.end().reasons
             tokens = client.tokens()
-            assert tokens == answer(asked.__class__(**{**vars(asked), "hangs_up": None}))[: len(tokens)]
+            assert tokens == answer(asked.__class__(**{**vars(asked), "hangs_up": None}), long)[: len(tokens)]
             assert reasons == ("length",) if len(tokens) == asked.new and asked.hangs_up is None else reasons
             assert reasons == ("length",) or (reasons == ("aborted",) and asked.hangs_up is not None)
             in_order(client)
