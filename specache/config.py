@@ -118,7 +118,8 @@ class SpeCacheConfig:
     """Settings of one `SpeCache`. Frozen; invalid values raise `ConfigError` on construction.
 
     Args:
-        bits: bits per code of the low-bit copy (paper `b`): 1, 2 or 4.
+        bits: bits per code of the low-bit copy (paper `b`): 1, 2 or 4. 1 is a last resort: the
+            divergence is ten to thirty times that of 2 (docs/results.md).
         code: see `Code`.
         group_size: tokens per key group and channels per value group (paper `g`); divides 64.
         residual: newest tokens that always stay at 16 bits (paper `R`), in tokens. None takes that
