@@ -14,7 +14,7 @@ NONE_YET = "No result file yet: `make results` (or `ONLY=NAME`) measures the run
 NOTHING = "-"
 FULL, OURS = "full", "specache"
 _ALWAYS_SHOWN = ("bits", "residual", "top_k")
-_BENCH_COLUMNS = ("impl", "isa", "cache", "weights", "bits", "rows", "batch", "context", "ms", "ms_per_step")
+_BENCH_COLUMNS = ("impl", "isa", "cache", "weights", "bits", "top_k", "rows", "batch", "context", "ms", "ms_per_step")
 _RATIOS = {"vs_sdpa_bf16": "against sdpa bf16", "vs_best_matmul": "against matmul", "vs_dynamic": "against DynamicCache"}
 
 

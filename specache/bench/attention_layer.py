@@ -40,7 +40,7 @@ class Attention:
     summary: ClassVar[str] = "one layer of a decode step per instruction set, against sdpa, matrix products and dequantising"
     uses_model: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = (
-        *("impl", "isa", "bits", "rows", "batch", "context", "ms", "spread", "gb_per_s"),
+        *("impl", "isa", "bits", "top_k", "rows", "batch", "context", "ms", "spread", "gb_per_s"),
         *("vs_sdpa_bf16", "vs_best_torch", "vs_best_matmul", "vs_floor", "phases"),
     )
     shape: str = field(default="llama-3-8b", metadata={"help": f"Dimensions of the layer: {', '.join(SHAPES)}."})
@@ -49,12 +49,14 @@ class Attention:
     bits: tuple[int, ...] = field(default=(2,), metadata={"help": "Bits per number of the low-bit copy."})
     rows: tuple[int, ...] = field(default=(1,), metadata={"help": "Rows of a step: 1 (on-demand), 2 (with a draft token)."})
     code: Code = field(default=Code.ROTATED, metadata={"help": "How numbers become bits."})
-    top_k: int = field(default=128, metadata={"help": "16-bit pairs swapped in per key-value head and row."})
+    top_k: int | None = field(
+        default=None, metadata={"help": "16-bit pairs swapped in per key-value head and row. Default: that of bits and context."}
+    )
     repeat: int = field(default=15, metadata={"help": "Rounds; every implementation runs once in each."})
     kernels: tuple[str, ...] = field(default=(), metadata={"help": "Kernel backends to measure. Default: all that run here."})
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "context", "rows", "top_k", "repeat", "batch")
+        check_at_least(self, 1, "context", "rows", "repeat", "batch", *([] if self.top_k is None else ["top_k"]))
         check_at_least(self, 1, "bits")
         shape_named(self.shape)
         if any(bits not in SUPPORTED_BITS for bits in self.bits):
@@ -188,11 +190,12 @@ class _Cell:
             timing = timings[_label(isa, bits)]
             row = self._row(OURS, isa, bits, self._layers[bits].nbytes, timing, exact, best, best_matmul)
             phases = None if isa == kernel_backends.STATIC else self._phases(isa, bits)  # a graph has no phases to time
-            results.append({**row, "difference": differences[isa, bits], "phases": phases})
+            pairs = self._layers[bits].config.selection.most(self._context)
+            results.append({**row, "top_k": pairs, "difference": differences[isa, bits], "phases": phases})
         isa = torch.backends.cpu.get_cpu_capability().lower() if self._query.device.type == CPU else CUDA
         for b in self._baselines:
             row = self._row(b.impl, isa, b.bits, b.nbytes, timings[_baseline_label(b)], exact, best, best_matmul)
-            results.append({**row, "difference": None, "phases": None})
+            results.append({**row, "top_k": None, "difference": None, "phases": None})
         return results
 
     def _row(

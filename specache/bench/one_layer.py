@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from specache.attention.at_once import decode_at_once
@@ -31,17 +33,18 @@ class LowBitLayer:
 
     Args:
         keys, values: [Hkv, S, D], whole groups of tokens, on the device that computes.
-        top_k: 16-bit pairs per KV head and row.
+        top_k: 16-bit pairs per KV head and row. None: that of `bits` and S.
         copied: copy rows on a CPU too. Default: only where keys and values are on a GPU.
         batch: sequences that hold these keys and values, each in memory of its own; on a GPU all
             read the 16-bit rows of the first, which takes as long.
     """
 
     def __init__(
-        self, keys: Tensor, values: Tensor, code: Code, bits: int, top_k: int, copied: bool | None = None, batch: int = 1
+        self, keys: Tensor, values: Tensor, code: Code, bits: int, top_k: int | None, copied: bool | None = None, batch: int = 1
     ) -> None:
         heads, _, dim = keys.shape
-        self.config = SpeCacheConfig(code=code, bits=bits, top_k=top_k, residual=PAGE_TOKENS)
+        pairs: dict[str, Any] = {} if top_k is None else {"top_k": top_k}
+        self.config = SpeCacheConfig(code=code, bits=bits, residual=PAGE_TOKENS, **pairs)
         self._pool = PagePool(page_layout(self.config, heads, dim), keys.device, ByteBudget())
         on_cpu = keys.device.type == CPU
         copied = not on_cpu if copied is None else copied
