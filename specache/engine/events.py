@@ -19,7 +19,8 @@ class Job:
         top_logprobs: how many most likely tokens to report beside each new one; 0 reports the
             log-probability of the new token alone, `None` nothing.
         prompt_logprobs: the same of every prompt token. The prompt is then read in full.
-        policy, top_k: settings of this request, in place of the configuration's.
+        policy, top_k: settings of this request, in place of the configuration's. `top_k` holds at
+            every length.
         deadline: the `time.monotonic()` at which the request ends as `aborted`.
     """
 
