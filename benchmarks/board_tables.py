@@ -43,17 +43,27 @@ class Result:
         """Return a link to the file."""
         return f"[{self.name}](results/{self.name}.json)"
 
-    def method(self, label: str) -> str:
+    @property
+    def longest(self) -> int:
+        """Return the longest prompt, in tokens; 0 if unknown."""
+        rows = [*self.document.get("rows", []), *self.document.get("overall", [])]
+        return max((count for row in rows for count in row.get("prompt_tokens", [])), default=0)
+
+    def method(self, label: str, longest: int | None = None) -> str:
         """Return a method as the tables call it.
 
         Of ours it has bits, `R` and `k` even where they were the defaults, since defaults change.
+
+        Args:
+            longest: tokens of the longest prompt. None is that of the file.
         """
+        longest = self.longest if longest is None else longest
         name, *settings = label.split()
         used = self.document["methods"][label]["settings"]
         if name == OURS:
             given = {setting.partition("=")[0] for setting in settings}
             settings += [f"{key}={used[key]}" for key in _ALWAYS_SHOWN if key in used and key not in given]
-            if used.get("long_top_k") != used.get("top_k") and "long_top_k" in used.keys() - given:
+            if longest >= used.get("long_from", math.inf) and used["long_top_k"] != used["top_k"] and "long_top_k" not in given:
                 settings.append(f"long_top_k={used['long_top_k']}")
         return " ".join([f"`{name}`", *settings])
 
@@ -96,7 +106,7 @@ def memory(results: list[Result]) -> str:
             fast, hot = row["fast_ratio"], row["hot_ratio"]
             sizes = [_times(fast), _times(hot), _times(fast + hot)]
             means = [_number(rows[along]["mean"]) if along in rows else NOTHING for along in ("text", "answer")]
-            lines.append([result.setting, f"{tokens:,}", result.method(OURS), *sizes, *means, *_source(result, row)])
+            lines.append([result.setting, f"{tokens:,}", result.method(OURS, tokens), *sizes, *means, *_source(result, row)])
     return _table(head, lines)
 
 
