@@ -174,7 +174,7 @@ def test_a_ragged_batch_scores_as_each_sequence_alone(bits, code):
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths=st.lists(st.integers(0, 200), min_size=1, max_size=4), top_k=top_ks(longest=200), levels=st.integers(1, 6))
+@given(lengths=st.lists(st.integers(0, 200), min_size=1, max_size=4), top_k=top_ks(least=0, longest=200), levels=st.integers(1, 6))
 def test_each_sequence_of_a_batch_selects_as_it_does_alone(lengths, top_k, levels):
     """Also where some of the sequences are long ones, which select more pairs."""
     generator = torch.Generator().manual_seed(sum(lengths))

@@ -92,14 +92,16 @@ def select(scores: Tensor, rest_lse: Tensor, lengths: Sequence[int], top_k: TopK
     for b, length in enumerate(lengths):
         few = top_k.most(length)
         if few < k:  # a shorter sequence selects fewer
-            positions[b, ..., :few] = largest(mean_prob[b], few).nonzero()[:, -1].reshape(*mean_prob.shape[1:3], few)
-            positions[b, ..., :few].masked_fill_(positions[b, ..., :few] >= length, -1)
+            chosen = largest(mean_prob[b], few).nonzero()[:, -1].reshape(*mean_prob.shape[1:3], few)
+            positions[b, ..., :few] = chosen.where(chosen < length, -1)
             positions[b, ..., few:] = -1
     return positions
 
 
 def largest(mean_prob: Tensor, k: int) -> Tensor:
     """Return a bool mask of the `k` largest of the last dimension, of equals the first ones."""
+    if k == 0:
+        return torch.zeros_like(mean_prob, dtype=torch.bool)
     threshold = mean_prob.topk(k, dim=-1).values[..., -1:]  # the k-th largest
     above = mean_prob > threshold
     level = mean_prob == threshold
