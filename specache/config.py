@@ -125,7 +125,7 @@ class SpeCacheConfig:
         residual: newest tokens that always stay at 16 bits (paper `R`), in tokens. None takes that
             of the bits in `DEFAULTS_OF_BITS`, 128 at 2 bits; the attribute is always a number.
         top_k: 16-bit pairs swapped in per KV head and step (paper `k`), in pairs. None as for
-            `residual`: 128 at 2 bits.
+            `residual`, and at most `long_top_k`: 128 at 2 bits.
         long_top_k: the same in sequences with `long_from` or more low-bit tokens, where more pairs
             are needed for the same divergence. None: `top_k` if that was given, else that of the
             bits, 256 at 2 bits.
@@ -169,9 +169,13 @@ class SpeCacheConfig:
         if not _is_int(self.bits) or self.bits not in SUPPORTED_BITS:
             raise ConfigError(f"bits must be one of {_join(SUPPORTED_BITS)}, got {self.bits!r}.")
         left_open = [name for name in DEFAULTS_OF_BITS[self.bits] if getattr(self, name) is None]
+        defaults = dict(DEFAULTS_OF_BITS[self.bits])
+        if "top_k" not in left_open:
+            defaults["long_top_k"] = self.top_k
+        elif _is_int(self.long_top_k):
+            defaults["top_k"] = max(1, min(defaults["top_k"], self.long_top_k))
         for name in left_open:
-            follows = name == "long_top_k" and "top_k" not in left_open
-            object.__setattr__(self, name, self.top_k if follows else DEFAULTS_OF_BITS[self.bits][name])
+            object.__setattr__(self, name, defaults[name])
         object.__setattr__(self, "_left_open", frozenset(left_open))
         if not _is_int(self.group_size) or self.group_size < 1 or PAGE_TOKENS % self.group_size:
             divisors = [d for d in range(1, PAGE_TOKENS + 1) if PAGE_TOKENS % d == 0]
@@ -261,10 +265,14 @@ class SpeCacheConfig:
     def completed(self, stored: SpeCacheConfig) -> SpeCacheConfig:
         """Return these settings with what was left open as in `stored`, settings of the same bits.
 
-        A `long_top_k` that follows a given `top_k` is not left open here.
+        A `long_top_k` that follows a given `top_k` is not left open here. A given one bounds the
+        `top_k` of `stored`.
         """
         names = self.left_open if "top_k" in self.left_open else self.left_open - {"long_top_k"}
-        return replace(self, **{name: getattr(stored, name) for name in names})
+        taken = {name: getattr(stored, name) for name in names}
+        if "top_k" in taken and "long_top_k" not in taken:
+            taken["top_k"] = min(taken["top_k"], self.long_top_k)
+        return replace(self, **taken)
 
     @property
     def selection(self) -> TopK:

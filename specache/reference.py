@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from specache.config import Code, Policy, SpeCacheConfig
+from specache.config import Code, Policy, SpeCacheConfig, TopK
 from specache.errors import UnsupportedModelError, UsageError
 from specache.model.positions import max_positions
 
@@ -188,7 +188,7 @@ def attend(probabilities: Tensor, values: Tensor) -> Tensor:
     return probabilities @ values.unsqueeze(1)
 
 
-def select(probabilities: Tensor, candidates: int, top_k: int) -> Tensor:
+def select(probabilities: Tensor, candidates: int, top_k: TopK) -> Tensor:
     """Select per KV head the `k` most attended positions of `[0, candidates)` (Algorithms 2, 3).
 
     `probabilities [Hkv, G, 1, n]` are those of the selecting token over all it attends to. They are
@@ -197,7 +197,7 @@ def select(probabilities: Tensor, candidates: int, top_k: int) -> Tensor:
     """
     importance = probabilities.squeeze(2).mean(dim=1)[:, :candidates]  # [Hkv, candidates]
     ranking = importance.sort(dim=-1, descending=True, stable=True).indices  # stable: ties keep their order
-    return ranking[:, :top_k].sort(dim=-1).values
+    return ranking[:, : top_k.of(candidates)].sort(dim=-1).values
 
 
 def swap_in(low_bit: Tensor, exact: Tensor, fetched: Tensor) -> Tensor:
@@ -258,7 +258,7 @@ class Layer:
         if self.config.policy.selects_in_prefill:  # no pre-decoding: the last prompt token selects
             low_bit = torch.cat([self.low_bit_keys, keys[:, self.low_bit_length :].float()], dim=1)  # [Hkv, S, D]
             probabilities = softmax.probabilities(queries[:, :, -1:], low_bit, positions[-1:])  # [Hkv, G, 1, S]
-            self.fetched_positions = select(probabilities, self.low_bit_length, self.config.selection.most(self.low_bit_length))
+            self.fetched_positions = select(probabilities, self.low_bit_length, self.config.selection)
         return out
 
     def decode(self, softmax: Softmax, queries: Tensor, keys: Tensor, values: Tensor, committed: int) -> Tensor:
@@ -277,15 +277,14 @@ class Layer:
             query = queries[:, :, row : row + 1]  # [Hkv, G, 1, D]
             position = torch.tensor([length + row], device=keys.device)  # [1]
             if config.policy.verifies:  # the token's own selection, from low-bit scores
-                probabilities = softmax.probabilities(query, low_bit_keys, position)  # [Hkv, G, 1, n + q]
-                fetched = select(probabilities, low_bit_length, config.selection.most(low_bit_length))
+                fetched = select(softmax.probabilities(query, low_bit_keys, position), low_bit_length, config.selection)
             mixed_keys = swap_in(low_bit_keys, exact_keys, fetched)
             mixed_values = swap_in(low_bit_values, exact_values, fetched)
             probabilities = softmax.probabilities(query, mixed_keys, position)  # [Hkv, G, 1, n + q]
             outputs.append(attend(probabilities, mixed_values))
         self.append(queries[:, :, :committed], keys[:, :committed], values[:, :committed])
         if config.policy.prefetches and not config.policy.verifies:  # the last token selects for the next pass
-            self.fetched_positions = select(probabilities, self.low_bit_length, config.selection.most(self.low_bit_length))
+            self.fetched_positions = select(probabilities, self.low_bit_length, config.selection)
         return torch.cat(outputs, dim=2)
 
 

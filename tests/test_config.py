@@ -53,10 +53,18 @@ def test_a_long_sequence_selects_more_pairs_by_default():
     assert SpeCacheConfig(long_from=100).selection.of(10**6) == 256
 
 
-@pytest.mark.parametrize("changes", [{"long_top_k": 127}, {"long_top_k": 2.5}, {"top_k": 9, "long_top_k": 8}, {"long_from": -1}])
+@pytest.mark.parametrize("changes", [{"long_top_k": 0}, {"long_top_k": 2.5}, {"top_k": 9, "long_top_k": 8}, {"long_from": -1}])
 def test_a_long_sequence_cannot_select_fewer(changes):
     with pytest.raises(ConfigError, match=r"long_(top_k|from) must be a number"):
         SpeCacheConfig(**changes)
+
+
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_given_pairs_of_long_sequences_bound_those_of_shorter_ones(bits):
+    """So that settings of fewer bits, which fetch more by default, are settings too."""
+    config = SpeCacheConfig(long_top_k=40).with_changes(bits=bits)
+    assert (config.top_k, config.long_top_k) == (40, 40)
+    assert SpeCacheConfig(bits=bits, long_top_k=1000).top_k == DEFAULTS_OF_BITS[bits]["top_k"]
 
 
 def test_what_is_left_open_is_taken_from_stored_settings():
@@ -64,6 +72,7 @@ def test_what_is_left_open_is_taken_from_stored_settings():
     assert SpeCacheConfig().completed(stored) == stored
     assert SpeCacheConfig(top_k=100).completed(stored) == SpeCacheConfig(residual=64, top_k=100, long_top_k=100)
     assert SpeCacheConfig(residual=0, long_top_k=300).completed(stored) == SpeCacheConfig(residual=0, top_k=20, long_top_k=300)
+    assert SpeCacheConfig(long_top_k=10).completed(stored) == SpeCacheConfig(residual=64, top_k=10, long_top_k=10)
 
 
 def test_every_field_is_a_setting():

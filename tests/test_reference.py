@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig
 
-from specache.config import Policy, SpeCacheConfig
+from specache.config import Policy, SpeCacheConfig, TopK
 from specache.errors import ConfigError, UsageError
 from specache.reference import (
     NAME,
@@ -329,11 +329,12 @@ def test_a_layer_equals_a_loop_over_positions(policy: Policy, residual: int, ext
 def test_select_averages_over_query_heads_and_breaks_ties_downwards() -> None:
     probabilities = torch.tensor([[[0.0, 0.5, 0.2, 0.2, 0.1]], [[0.4, 0.1, 0.2, 0.2, 0.1]]])[None]  # [1, G=2, 1, 5]
     # means: .2, .3, .2, .2, .1
-    assert select(probabilities, 5, 1).tolist() == [[1]]
-    assert select(probabilities, 5, 3).tolist() == [[0, 1, 2]]
-    assert select(probabilities, 5, 9).tolist() == [[0, 1, 2, 3, 4]]
-    assert select(probabilities[..., [4, 3, 2, 1, 0]], 3, 1).tolist() == [[1]]  # position 3 is no candidate
-    assert select(torch.ones(1, 1, 1, 500), 400, 7).tolist() == [list(range(7))]
+    assert select(probabilities, 5, TopK.always(1)).tolist() == [[1]]
+    assert select(probabilities, 5, TopK.always(3)).tolist() == [[0, 1, 2]]
+    assert select(probabilities, 5, TopK.always(9)).tolist() == [[0, 1, 2, 3, 4]]
+    assert select(probabilities[..., [4, 3, 2, 1, 0]], 3, TopK.always(1)).tolist() == [[1]]  # position 3 is no candidate
+    assert select(torch.ones(1, 1, 1, 500), 400, TopK.always(7)).tolist() == [list(range(7))]
+    assert [len(select(probabilities, n, TopK(1, 3, 4))[0]) for n in (3, 4)] == [1, 3]  # four candidates are a long sequence
 
 
 # --- The code ---

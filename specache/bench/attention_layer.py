@@ -190,7 +190,8 @@ class _Cell:
             timing = timings[_label(isa, bits)]
             row = self._row(OURS, isa, bits, self._layers[bits].nbytes, timing, exact, best, best_matmul)
             phases = None if isa == kernel_backends.STATIC else self._phases(isa, bits)  # a graph has no phases to time
-            pairs = self._layers[bits].config.selection.most(self._context)
+            config = self._layers[bits].config
+            pairs = config.selection.most(config.low_bit_length(self._context))
             results.append({**row, "top_k": pairs, "difference": differences[isa, bits], "phases": phases})
         isa = torch.backends.cpu.get_cpu_capability().lower() if self._query.device.type == CPU else CUDA
         for b in self._baselines:

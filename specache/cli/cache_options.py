@@ -63,7 +63,7 @@ TopK = Annotated[
     typer.Option(
         "--top-k",
         "-k",
-        help=f"16-bit pairs swapped in per key-value head and step. Default: {_of_bits('top_k')}.",
+        help=f"16-bit pairs swapped in per key-value head and step. Default: {_of_bits('top_k')}; more in long sequences.",
         show_default=False,
         rich_help_panel=CACHE_PANEL,
     ),

@@ -38,7 +38,10 @@ def test_a_setting_that_the_command_does_not_have_keeps_its_name():
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("bits", 3), ("group_size", 48), ("residual", -1), ("top_k", 0), ("prefill_chunk", 0), ("policy", "x"), ("slow_tier", "x")],
+    [
+        *(("bits", 3), ("group_size", 48), ("residual", -1), ("top_k", 0), ("long_top_k", 0), ("long_from", -1)),
+        *(("prefill_chunk", 0), ("policy", "x"), ("slow_tier", "x")),
+    ],
 )
 def test_the_error_message_of_every_setting_names_its_flag(setting, value):
     with pytest.raises(ConfigError) as error:

@@ -217,6 +217,17 @@ def test_ablate_sweeps_a_field_and_plots_it(tiny, tmp_path):
     evaluate("report", tmp_path / "out")
 
 
+def test_settings_that_follow_the_swept_one_do_not_split_its_curve():
+    """Of other bits also residual and pairs are others by default."""
+    methods = ablate.sweep("specache,specache:policy=speculative,kivi", "bits", "1,2,4")
+    rows = [{"method": method.label, "config": method.method.settings()} for method in methods]
+    curves, lines = ablate._curves(rows, "bits")
+    assert {label: sorted(curve) for label, curve in curves.items()} == {
+        label: [1, 2, 4] for label in ("specache", "specache policy=speculative", "kivi")
+    }
+    assert not lines
+
+
 def test_ablate_sweeps_a_score_task(tiny, tmp_path):
     evaluate("ablate", *tiny, "--task", "answers", "--count", "2", "--field", "policy", "--values", "none,on-demand")
     run_file = json.loads((tmp_path / "out" / "run.json").read_text())

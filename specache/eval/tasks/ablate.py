@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -146,12 +145,14 @@ def _with_value(cls: Any, settings: dict[str, Any], field: str, text: str) -> di
 
 
 def _curves(rows: list[Row], field: str) -> tuple[dict[str, _Curve], list[Row]]:
-    """Group the rows by all settings but the field, under a label without it.
+    """Group the rows by what their methods name besides the field. Settings that are not named may
+    follow it, as the residual follows the bits.
 
     Returns:
         Label -> value -> row, and the rows of methods without the field.
     """
-    curves: dict[str, tuple[str, _Curve]] = {}
+    swept = {field, "long_top_k"} if field == "top_k" else {field}  # the latter follows a given `top_k`
+    curves: dict[str, _Curve] = {}
     zeros: list[Row] = []
     lines: list[Row] = []
     for row in rows:
@@ -161,30 +162,20 @@ def _curves(rows: list[Row], field: str) -> tuple[dict[str, _Curve], list[Row]]:
         elif field == "top_k" and config.get("policy") == "none":
             zeros.append(row)
         else:
-            key = _rest(row, _swept(field))
-            label = " ".join(part for part in row["method"].split() if part.partition("=")[0] not in _swept(field))
-            curves.setdefault(key, (label, {}))[1][_plain(config[field])] = row
+            curves.setdefault(_without(row["method"], swept), {})[_plain(config[field])] = row
     for zero in zeros:  # `top_k` 0 starts every curve over the same low-bit copy
-        beginnings = [curve for _, curve in curves.values() if _same_copy(zero, next(iter(curve.values())), field)]
+        copy = _without(zero["method"], {*swept, "policy"})
+        beginnings = [curve for label, curve in curves.items() if _without(label, {"policy"}) == copy]
         for curve in beginnings:
             curve[0] = zero
         if not beginnings:
             lines.append(zero)
-    return dict(curves.values()), lines
+    return curves, lines
 
 
-def _same_copy(zero: Row, row: Row, field: str) -> bool:
-    return _rest(zero, {*_swept(field), "policy"}) == _rest(row, {*_swept(field), "policy"})
-
-
-def _swept(field: str) -> set[str]:
-    """Return the settings that a swept field changes."""
-    return {field, "long_top_k"} if field == "top_k" else {field}
-
-
-def _rest(row: Row, without: set[str]) -> str:
-    rest = {key: value for key, value in row["config"].items() if key not in without}
-    return json.dumps([row["method"].split()[0], rest], sort_keys=True)
+def _without(label: str, settings: set[str]) -> str:
+    """Return a method's label without these settings."""
+    return " ".join(part for part in label.split() if part.partition("=")[0] not in settings)
 
 
 def _plain(value: Any) -> Any:
